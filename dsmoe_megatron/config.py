@@ -1,0 +1,286 @@
+"""The recipe: typed sections, read from a YAML file and dotted command-line overrides.
+
+The model section uses the names of the exported HF config.json. What each combination must satisfy is in
+config_rules.py; how text becomes these objects is in config_parsing.py.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+ExpertPolicyName = Literal["dense", "topk", "threshold", "threshold_topk"]
+
+
+@dataclass
+class RopeParameters:
+    """Rotary position embedding."""
+
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_type: Literal["default"] = "default"
+    """Frequency scaling; only the unscaled embedding is trained here."""
+
+
+@dataclass
+class ModelConfig:
+    """Model architecture. `num_experts: 1` with `attention_type: gqa` is the dense baseline."""
+
+    hidden_size: int = 256
+    """Width of the residual stream [units]."""
+    num_hidden_layers: int = 4
+    """Transformer layers."""
+    num_attention_heads: int = 8
+    """Query heads in all; for `moa`, num_attention_experts x num_key_value_heads."""
+    num_key_value_heads: int = 2
+    """Key/value heads, shared by all attention experts."""
+    head_dim: int = 32
+    """Width of one attention head [units]; even, because rotary embeddings turn pairs."""
+    attention_type: Literal["moa", "gqa"] = "moa"
+    """`moa`: mixture of attention heads, each expert owns one query head per key/value head; `gqa`: no router."""
+    num_attention_experts: int = 4
+    """Attention experts per layer (`moa`); 1 for `gqa`."""
+    num_experts: int = 8
+    """MLP experts per layer; 1 means one plain MLP without a router."""
+    moe_intermediate_size: int = 128
+    """Hidden units of ONE expert."""
+    expert_training: Literal["dense", "sparse"] = "dense"
+    """`dense`: every expert computes on every token (DS-MoE); `sparse`: the sparse-trained baseline, megatron-core's
+    own MoELayer with num_experts_per_tok experts per token and the switch load-balancing loss."""
+    switch_loss_coefficient: float = 0.01
+    """Weight of the switch load-balancing loss (`expert_training: sparse` only)."""
+    hidden_act: Literal["gelu", "silu"] = "gelu"
+    """Activation of the experts; gelu is the exact one."""
+    gated_mlp: bool = False
+    """Gated experts: act(gate) * up (SwiGLU with hidden_act silu)."""
+    router_type: Literal["linear", "mlp"] = "linear"
+    """`linear`, or a two-layer `mlp` with GeLU of width router_hidden_size."""
+    router_hidden_size: int = 512
+    """Width of the mlp router [units]."""
+    mi_alpha_attention: float = 0.0
+    """Weight of the mutual-information loss of each attention router."""
+    mi_alpha_mlp: float = 0.0
+    """Weight of the mutual-information loss of each MLP router."""
+    mi_scope: Literal["micro_batch", "data_parallel"] = "micro_batch"
+    """Tokens over which the mean expert probability is taken: one micro-batch, or it on all data-parallel ranks."""
+    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Normalisation."""
+    rms_norm_eps: float = 1e-5
+    """Epsilon of the normalisation (of either type)."""
+    rope_parameters: RopeParameters = field(default_factory=RopeParameters)
+    """Rotary position embedding."""
+    vocab_size: int | None = None
+    """Tokens of the tokenizer; null takes the tokenizer's own number."""
+    vocab_size_multiple: int = 128
+    """The embedding is padded to a multiple of this, whatever the layout; padded logits never win."""
+    tie_word_embeddings: bool = False
+    """Share the input embedding with the output layer."""
+    max_position_embeddings: int = 2048
+    """Longest sequence the model is meant for [tokens]."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights; output projections use it over sqrt(2 x layers)."""
+    hidden_dropout: float = 0.0
+    """Dropout probability after attention and MLP."""
+    attention_dropout: float = 0.0
+    """Dropout probability of the attention weights."""
+    num_experts_per_tok: int = 2
+    """Active MLP experts per token: trained with when sparse, the export's default under policy topk."""
+    attention_experts_per_tok: int | None = None
+    """Active attention experts per token under policy topk; null activates all, as the paper does."""
+    expert_policy: ExpertPolicyName = "threshold"
+    """Policy that exports carry as their default."""
+    expert_threshold: float = 0.48
+    """eps: an expert is active where (number of experts) x (its probability) is above it."""
+    attention_expert_threshold: float | None = None
+    """eps of the attention experts; null uses expert_threshold."""
+
+    @property
+    def has_mlp_router(self) -> bool:
+        return self.num_experts > 1
+
+    @property
+    def has_attention_router(self) -> bool:
+        return self.attention_type == "moa"
+
+    @property
+    def intermediate_size(self) -> int:
+        """Hidden units of all MLP experts together."""
+        return self.num_experts * self.moe_intermediate_size
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: vocab_size rounded up to vocab_size_multiple."""
+        if self.vocab_size is None:
+            raise ValueError("vocab_size is not known yet: it is taken from the tokenizer when the data is opened")
+        return -(-self.vocab_size // self.vocab_size_multiple) * self.vocab_size_multiple
+
+
+@dataclass
+class ParallelConfig:
+    """Layout over processes. Data parallelism is what is left of the world size."""
+
+    tensor: int = 1
+    """Tensor-parallel size."""
+    sequence: bool = False
+    """Sequence parallelism: split activations between the tensor-parallel regions; needs tensor > 1."""
+    pipeline: int = 1
+    """Pipeline-parallel size."""
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline rank (interleaved schedule)."""
+    expert: int = 1
+    """Expert-parallel size: the MLP's hidden units are split over expert x expert_tensor ranks."""
+    expert_tensor: int | None = None
+    """Tensor-parallel size of the experts; null takes `tensor`."""
+    context: int = 1
+    """Context-parallel size: the sequence is split over ranks, keys and values are gathered."""
+    overlap: bool = False
+    """Overlap the gradient reduction and the parameter gather with computation."""
+
+
+@dataclass
+class DatasetSource:
+    """One indexed dataset of a blend."""
+
+    prefix: str
+    """Path of the .bin/.idx pair without its ending."""
+    weight: float = 1.0
+    """Share of the samples drawn from it, relative to the other weights."""
+
+
+@dataclass
+class DataConfig:
+    """Indexed datasets and their tokenizer."""
+
+    train: list[DatasetSource] = field(default_factory=list)
+    """Training blend."""
+    validation: list[DatasetSource] = field(default_factory=list)
+    """Validation blend; empty switches validation off."""
+    tokenizer: str | None = None
+    """Tokenizer SPEC: a sentencepiece .model file, or a HF tokenizer folder or name."""
+    cache_dir: str | None = None
+    """Folder of the sample indices; null keeps them in the run folder."""
+    num_workers: int = 0
+    """Loader processes per rank; 0 reads in the training process."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with a cosine schedule."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    min_lr: float | None = None
+    """Learning rate at the end of the schedule; null is lr / 10."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; norms are exempt."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: int | None = None
+    """Step at which min_lr is reached; null is train.steps."""
+
+
+@dataclass
+class TrainConfig:
+    """Length, batch and numerics of the run."""
+
+    run_dir: str = "runs/dsmoe"
+    """Folder of the run: resolved recipe, metrics, checkpoints. A run found there is resumed."""
+    steps: int = 100
+    """Optimizer steps in all, those before a resume included."""
+    seed: int = 1234
+    """Seed of initial weights, data order and dropout."""
+    micro_batch_size: int = 1
+    """Samples of one forward pass on one data-parallel rank."""
+    global_batch_size: int = 8
+    """Samples of one optimizer step over all ranks."""
+    sequence_length: int = 256
+    """Tokens of one sample."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Weights and activations; bf16 keeps float32 master weights, gradients and optimizer state."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass: none, the core attention, or whole layers."""
+    timeout_minutes: float = 10.0
+    """A collective that waits longer ends the run [minutes]."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    interval: int = 1000
+    """Steps between checkpoints; the last step always saves one."""
+    load: str | None = None
+    """Run folder or step folder to start from when run_dir has no checkpoint of its own."""
+    keep_last: int = 2
+    """Newest checkpoints kept; 0 keeps all."""
+
+
+@dataclass
+class LoggingConfig:
+    """What the run says of itself."""
+
+    interval: int = 10
+    """Steps between lines of metrics.jsonl, TensorBoard points and progress lines."""
+    tensorboard: bool = True
+    """Write TensorBoard event files into run_dir/tensorboard."""
+    expert_use: bool = True
+    """Write per-layer expert use: share of mean probability, entropies, active experts at the recipe's eps."""
+
+
+@dataclass
+class PolicyConfig:
+    """One policy to evaluate; a null value takes the model section's."""
+
+    expert_policy: ExpertPolicyName = "dense"
+    """How experts are chosen."""
+    num_experts_per_tok: int | None = None
+    """K of the MLP experts (topk)."""
+    attention_experts_per_tok: int | None = None
+    """K of the attention experts (topk); null activates all of them unless the model section says otherwise."""
+    expert_threshold: float | None = None
+    """eps (threshold, threshold_topk)."""
+    attention_expert_threshold: float | None = None
+    """eps of the attention experts; null is expert_threshold."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Validation in the loop."""
+
+    interval: int = 0
+    """Steps between validations; the last step always validates; 0 validates only there."""
+    batches: int = 10
+    """Global batches of the validation data per validation."""
+    policies: list[PolicyConfig] = field(
+        default_factory=lambda: [PolicyConfig(expert_policy="topk"), PolicyConfig(expert_policy="threshold")]
+    )
+    """Sparse policies measured beside the dense one; ignored by models without routers."""
+
+
+@dataclass
+class EngineConfig:
+    """What runs the optimizer step."""
+
+    name: Literal["megatron"] = "megatron"
+    """megatron-core's DDP and distributed optimizer."""
+
+
+@dataclass
+class Config:
+    """A whole recipe."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
