@@ -38,6 +38,10 @@ class CheckpointError(DSMoEError):
     """A checkpoint is missing, incomplete, or of another architecture."""
 
 
+class TrainingError(DSMoEError):
+    """The run itself went wrong: a loss that is not finite, a disk that is full."""
+
+
 class EnvironmentNotSupportedError(DSMoEError):
     """A library version or a device that this code was not written for."""
 

@@ -1,0 +1,1 @@
+"""Raw text and code to the indexed datasets that training reads."""

@@ -1,0 +1,315 @@
+"""What the values of a recipe must satisfy, alone and together, before any process group starts.
+
+Each rule raises ConfigurationError with the key, the value found and what to set instead. Nothing here imports torch.
+"""
+
+import math
+from operator import attrgetter
+from typing import Any, NoReturn
+
+from dsmoe_megatron.config import Config, ModelConfig, PolicyConfig
+from dsmoe_megatron.errors import ConfigurationError
+
+AT_LEAST_ONE = (
+    "model.hidden_size",
+    "model.num_hidden_layers",
+    "model.num_attention_heads",
+    "model.num_key_value_heads",
+    "model.head_dim",
+    "model.num_attention_experts",
+    "model.num_experts",
+    "model.moe_intermediate_size",
+    "model.router_hidden_size",
+    "model.vocab_size",
+    "model.vocab_size_multiple",
+    "model.max_position_embeddings",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.virtual_pipeline",
+    "parallel.expert",
+    "parallel.expert_tensor",
+    "parallel.context",
+    "optimizer.decay_steps",
+    "train.steps",
+    "train.micro_batch_size",
+    "train.global_batch_size",
+    "train.sequence_length",
+    "checkpoint.interval",
+    "logging.interval",
+    "evaluation.batches",
+)
+ABOVE_ZERO = (
+    "model.rms_norm_eps",
+    "model.rope_parameters.rope_theta",
+    "model.initializer_range",
+    "optimizer.lr",
+    "optimizer.eps",
+    "train.timeout_minutes",
+)
+NOT_NEGATIVE = (
+    "model.mi_alpha_attention",
+    "model.mi_alpha_mlp",
+    "model.switch_loss_coefficient",
+    "data.num_workers",
+    "optimizer.min_lr",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+    "optimizer.warmup_steps",
+    "checkpoint.keep_last",
+    "evaluation.interval",
+)
+BELOW_ONE = ("model.hidden_dropout", "model.attention_dropout", "optimizer.beta1", "optimizer.beta2")
+LARGEST_SEED = 2**31 - 1  # seeds of single ranks are offsets from it, and numpy's end at 2**32
+
+
+def check_config(config: Config, world_size: int) -> None:
+    """Refuse a recipe that cannot run on `world_size` processes.
+
+    Raises:
+        ConfigurationError: the first rule that is broken.
+    """
+    _check_ranges(config)
+    _check_attention(config)
+    _check_experts(config)
+    _check_sparse_training(config)
+    _check_schedule(config)
+    data_parallel = data_parallel_size(config, world_size)
+    _check_tensor_parallel(config)
+    _check_expert_parallel(config, world_size)
+    _check_sequence_split(config)
+    _check_pipeline(config)
+    _check_batch(config, data_parallel)
+    _check_data(config)
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Data-parallel replicas: the world size over tensor x pipeline x context.
+
+    Raises:
+        ConfigurationError: the layout does not divide the world size.
+    """
+    parallel = config.parallel
+    model_parallel = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % model_parallel:
+        sizes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "context": parallel.context}
+        largest = max(sizes, key=lambda name: sizes[name])
+        _refuse(
+            config,
+            f"parallel.{largest}",
+            f"tensor x pipeline x context = {parallel.tensor} x {parallel.pipeline} x {parallel.context} must divide "
+            f"the number of processes, {world_size}; start a multiple of {model_parallel} or make the layout smaller",
+        )
+    return world_size // model_parallel
+
+
+def _check_ranges(config: Config) -> None:
+    for keys, holds, rule in (
+        (AT_LEAST_ONE, lambda value: value >= 1, "must be at least 1"),
+        (ABOVE_ZERO, lambda value: 0 < value < math.inf, "must be above 0"),
+        (NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must not be negative"),
+        (BELOW_ONE, lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+    ):
+        for key in keys:
+            value = _value(config, key)
+            if value is not None and not holds(value):  # the order of the comparison refuses NaN as well
+                _refuse(config, key, rule)
+    if not 0 <= config.train.seed <= LARGEST_SEED:
+        _refuse(config, "train.seed", f"must be from 0 to {LARGEST_SEED}")
+
+
+def _check_attention(config: Config) -> None:
+    model = config.model
+    if model.head_dim % 2:
+        _refuse(config, "model.head_dim", "must be even: rotary embeddings turn pairs")
+    if model.attention_type == "gqa":
+        if model.num_attention_experts != 1:
+            _refuse(config, "model.num_attention_experts", "must be 1 with attention_type gqa, which has no experts")
+        if model.num_attention_heads % model.num_key_value_heads:
+            rule = f"must be a multiple of num_key_value_heads, {model.num_key_value_heads}"
+            _refuse(config, "model.num_attention_heads", rule)
+        return
+    if model.num_attention_experts == 1:
+        rule = "a mixture of attention heads needs at least 2 experts; set attention_type gqa for plain attention"
+        _refuse(config, "model.num_attention_experts", rule)
+    heads = model.num_attention_experts * model.num_key_value_heads
+    if model.num_attention_heads != heads:
+        rule = (
+            f"must be num_attention_experts x num_key_value_heads = {model.num_attention_experts} x "
+            f"{model.num_key_value_heads} = {heads} with attention_type moa"
+        )
+        _refuse(config, "model.num_attention_heads", rule)
+
+
+def _check_experts(config: Config) -> None:
+    model = config.model
+    if model.mi_alpha_attention and not model.has_attention_router:
+        _refuse(config, "model.mi_alpha_attention", "has no router to act on with attention_type gqa; set 0")
+    if model.mi_alpha_mlp and not model.has_mlp_router:
+        _refuse(config, "model.mi_alpha_mlp", "has no router to act on with num_experts 1; set 0")
+    _check_policy(model, model, "model")
+    for index, policy in enumerate(config.evaluation.policies):
+        _check_policy(policy, model, f"evaluation.policies[{index}]")
+
+
+def _check_policy(policy: ModelConfig | PolicyConfig, model: ModelConfig, key: str) -> None:
+    """K of an active router is from 1 to its number of experts; thresholds are not negative."""
+    experts = model.num_experts if model.has_mlp_router else None
+    attention_experts = model.num_attention_experts if model.has_attention_router else None
+    for name, top_k, limit in (
+        ("num_experts_per_tok", policy.num_experts_per_tok, experts),
+        ("attention_experts_per_tok", policy.attention_experts_per_tok, attention_experts),
+    ):
+        if top_k is not None and limit is not None and not 1 <= top_k <= limit:
+            raise ConfigurationError(f"{key}.{name}", top_k, f"must be from 1 to the number of experts, {limit}")
+    for name, threshold in (
+        ("expert_threshold", policy.expert_threshold),
+        ("attention_expert_threshold", policy.attention_expert_threshold),
+    ):
+        if threshold is not None and not 0 <= threshold < math.inf:
+            raise ConfigurationError(f"{key}.{name}", threshold, "must not be negative")
+
+
+def _check_sparse_training(config: Config) -> None:
+    """megatron-core's own MoELayer knows less than the densely trained layers."""
+    model = config.model
+    if model.expert_training == "dense":
+        return
+    if not model.has_mlp_router:
+        _refuse(config, "model.num_experts", "must be above 1 with expert_training sparse")
+    if model.has_attention_router:
+        _refuse(config, "model.attention_type", "must be gqa with expert_training sparse")
+    if model.router_type != "linear":
+        _refuse(config, "model.router_type", "must be linear with expert_training sparse")
+    if model.mi_alpha_mlp:
+        rule = "must be 0 with expert_training sparse, which balances by switch_loss_coefficient"
+        _refuse(config, "model.mi_alpha_mlp", rule)
+    if config.parallel.context > 1:
+        _refuse(config, "parallel.context", "must be 1 with expert_training sparse")
+    if config.parallel.tensor > 1 and not config.parallel.sequence:
+        _refuse(config, "parallel.sequence", "must be true with expert_training sparse and tensor > 1")
+
+
+def _check_schedule(config: Config) -> None:
+    optimizer = config.optimizer
+    if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
+        _refuse(config, "optimizer.min_lr", f"must not be above optimizer.lr, {optimizer.lr}")
+    decay_steps = optimizer.decay_steps or config.train.steps
+    if optimizer.warmup_steps >= decay_steps:
+        rule = f"must be below optimizer.decay_steps (null: train.steps), {decay_steps}"
+        _refuse(config, "optimizer.warmup_steps", rule)
+    longest = config.model.max_position_embeddings
+    if config.train.sequence_length > longest:
+        _refuse(config, "train.sequence_length", f"must not be above model.max_position_embeddings, {longest}")
+
+
+def _check_tensor_parallel(config: Config) -> None:
+    model, tensor = config.model, config.parallel.tensor
+    groups, heads_per_group = model.num_key_value_heads, model.num_attention_heads // model.num_key_value_heads
+    whole_groups = groups % tensor == 0
+    parts_of_groups = tensor % groups == 0 and heads_per_group % (tensor // groups) == 0
+    if not (whole_groups or parts_of_groups):
+        rule = (
+            f"must divide the {groups} key/value heads, or be a multiple of them that splits "
+            f"the {heads_per_group} query heads of each evenly"
+        )
+        _refuse(config, "parallel.tensor", rule)
+    # before the tokenizer is read only the multiple is known of the vocabulary
+    rows = model.vocab_size_multiple if model.vocab_size is None else model.padded_vocab_size
+    if rows % tensor:
+        rule = f"the padded vocabulary, {rows}, must be divisible by tensor = {tensor}"
+        _refuse(config, "model.vocab_size_multiple", rule)
+
+
+def _check_expert_parallel(config: Config, world_size: int) -> None:
+    model, parallel = config.model, config.parallel
+    if not model.has_mlp_router:
+        _check_plain_mlp(config)
+        return
+    expert_tensor = parallel.expert_tensor or parallel.tensor
+    ranks = expert_tensor * parallel.expert
+    if (world_size // parallel.pipeline) % ranks:
+        rule = (
+            f"expert x expert_tensor = {parallel.expert} x {expert_tensor} must divide the "
+            f"{world_size // parallel.pipeline} processes of a pipeline stage"
+        )
+        _refuse(config, "parallel.expert", rule)
+    own_group = parallel.expert > 1 or expert_tensor != parallel.tensor
+    if own_group and parallel.tensor > 1 and not parallel.sequence:
+        rule = "must be true where experts are split otherwise than by tensor > 1 alone"
+        _refuse(config, "parallel.sequence", rule)
+    if model.expert_training == "sparse":
+        if model.num_experts % parallel.expert:
+            _refuse(config, "parallel.expert", f"must divide model.num_experts, {model.num_experts}")
+        if model.moe_intermediate_size % expert_tensor:
+            rule = f"must be divisible by expert_tensor (null: tensor), {expert_tensor}"
+            _refuse(config, "model.moe_intermediate_size", rule)
+    elif model.intermediate_size % ranks:
+        rule = (
+            f"num_experts x moe_intermediate_size = {model.intermediate_size} hidden units must be "
+            f"divisible by expert x expert_tensor = {ranks}"
+        )
+        _refuse(config, "model.moe_intermediate_size", rule)
+
+
+def _check_plain_mlp(config: Config) -> None:
+    parallel = config.parallel
+    if parallel.expert > 1:
+        _refuse(config, "parallel.expert", "must be 1 with model.num_experts 1")
+    if parallel.expert_tensor not in (None, parallel.tensor):
+        _refuse(config, "parallel.expert_tensor", "must be null with model.num_experts 1")
+    if config.model.intermediate_size % parallel.tensor:
+        _refuse(config, "model.moe_intermediate_size", f"must be divisible by tensor = {parallel.tensor}")
+
+
+def _check_sequence_split(config: Config) -> None:
+    parallel, length = config.parallel, config.train.sequence_length
+    if parallel.sequence and parallel.tensor == 1:
+        _refuse(config, "parallel.sequence", "needs parallel.tensor > 1; set it to false")
+    if parallel.context > 1 and length % (2 * parallel.context):
+        rule = f"must be divisible by 2 x context = {2 * parallel.context}: each rank takes an early and a late piece"
+        _refuse(config, "train.sequence_length", rule)
+    if parallel.sequence and length % (parallel.tensor * parallel.context):
+        rule = f"must be divisible by tensor x context = {parallel.tensor * parallel.context} with parallel.sequence"
+        _refuse(config, "train.sequence_length", rule)
+
+
+def _check_pipeline(config: Config) -> None:
+    parallel = config.parallel
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        _refuse(config, "parallel.virtual_pipeline", "needs parallel.pipeline > 1; set it to 1")
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    if config.model.num_hidden_layers % stages:
+        _refuse(config, "model.num_hidden_layers", f"must be divisible by pipeline x virtual_pipeline = {stages}")
+
+
+def _check_batch(config: Config, data_parallel: int) -> None:
+    train, parallel = config.train, config.parallel
+    samples = train.micro_batch_size * data_parallel
+    if train.global_batch_size % samples:
+        size = f"micro_batch_size x data-parallel size = {train.micro_batch_size} x {data_parallel}"
+        rule = f"must be divisible by {size}"
+        _refuse(config, "train.global_batch_size", rule)
+    micro_batches = train.global_batch_size // samples
+    if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
+        rule = (
+            f"{micro_batches} micro-batches per replica (global_batch_size / (micro_batch_size x data-parallel size)) "
+            f"must be divisible by pipeline = {parallel.pipeline} with virtual_pipeline > 1"
+        )
+        _refuse(config, "train.global_batch_size", rule)
+
+
+def _check_data(config: Config) -> None:
+    for name, sources in (("train", config.data.train), ("validation", config.data.validation)):
+        for index, source in enumerate(sources):
+            if not source.prefix:
+                raise ConfigurationError(f"data.{name}[{index}].prefix", source.prefix, "must not be empty")
+            if not 0 < source.weight < math.inf:
+                raise ConfigurationError(f"data.{name}[{index}].weight", source.weight, "must be above 0")
+
+
+def _refuse(config: Config, key: str, rule: str) -> NoReturn:
+    raise ConfigurationError(key, _value(config, key), rule)
+
+
+def _value(config: Config, key: str) -> Any:
+    return attrgetter(key)(config)

@@ -1,0 +1,110 @@
+"""Where the code meets the machine: device, process groups, seeds, and an end on every rank."""
+
+import contextlib
+import ctypes
+import datetime
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from dsmoe_megatron.config import ParallelConfig
+
+
+def world_size_from_environment() -> int:
+    """Processes that torchrun or srun announced; 1 where nothing is announced."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def prepare_device() -> torch.device:
+    """Choose this process's device, before anything of megatron.core is imported.
+
+    Returns:
+        The CUDA device of the local rank, or the CPU with megatron-core's CUDA assumptions answered.
+    """
+    # one line per layer and rank says nothing that a user can act on
+    warnings.filterwarnings("ignore", message=".*Apex is not installed.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="megatron")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    from dsmoe_megatron.runtime.cpu import answer_cuda_assumptions
+
+    answer_cuda_assumptions()
+    return torch.device("cpu")
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to end this process when its parent ends.
+
+    torchrun starts its workers in sessions of their own: when it is killed they would live on, holding devices and
+    the run folder. Linux only (prctl PR_SET_PDEATHSIG); elsewhere nothing is asked.
+    """
+    if sys.platform != "linux":
+        return
+    set_parent_death_signal = 1
+    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device, timeout_minutes: float) -> Iterator[None]:
+    """torch.distributed for the time of the block; a process that was started alone is a group of one.
+
+    Args:
+        device: decides the backend: nccl for CUDA (gloo beside it for host tensors), gloo for the CPU.
+        timeout_minutes: a collective that waits longer raises [minutes].
+    """
+    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, alone)
+    if "MASTER_ADDR" not in os.environ:
+        store: dist.Store | None = dist.HashStore()
+    else:
+        store = None
+        end_with_parent()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def model_parallel_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]:
+    """megatron-core's process groups and random states for the time of the block.
+
+    Args:
+        parallel: the layout; data parallelism takes what is left of the world.
+        seed: of dropout: equal where tensors are replicated, different over tensor- and expert-parallel shards.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor or parallel.tensor,
+    )
+    try:
+        torch.manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()

@@ -1,0 +1,193 @@
+"""Distributed checkpoints: one global tensor per parameter, so that every layout loads every other's.
+
+A run folder holds checkpoints/step_NNNNNNNN/ and `latest`, the name of the newest whole one, written last. A step
+folder is a megatron-core distributed checkpoint plus config.yaml (the resolved recipe) and progress.json.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from dsmoe_megatron.config import Config, ModelConfig
+from dsmoe_megatron.config_parsing import load_config, save_config
+from dsmoe_megatron.errors import CheckpointError, TrainingError
+from dsmoe_megatron.training.engines.megatron import MegatronEngine
+
+LATEST = "latest"
+
+# what may differ between a checkpoint's recipe and the one that loads it: nothing that shapes a weight
+FREE_MODEL_KEYS = {
+    "mi_alpha_attention",
+    "mi_alpha_mlp",
+    "mi_scope",
+    "switch_loss_coefficient",
+    "hidden_dropout",
+    "attention_dropout",
+    "max_position_embeddings",
+    "initializer_range",
+    "num_experts_per_tok",
+    "attention_experts_per_tok",
+    "expert_policy",
+    "expert_threshold",
+    "attention_expert_threshold",
+}
+
+
+@dataclass
+class Progress:
+    """How far a run has come; saved as progress.json.
+
+    Attributes:
+        step: optimizer steps done.
+        consumed_samples: samples that they took, over all ranks.
+        tokens: tokens that they took.
+        data_identity: hash of what fixes the order of samples.
+        first: the first line of metrics; last: the newest one; last_validation: the newest validation line.
+    """
+
+    step: int = 0
+    consumed_samples: int = 0
+    tokens: int = 0
+    data_identity: str = ""
+    first: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+    last_validation: dict[str, Any] | None = None
+
+
+def step_folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The step folder that a run folder or a step folder stands for; None if a run folder has none yet.
+
+    Raises:
+        CheckpointError: `latest` names a folder that is not there or not whole.
+    """
+    if (path / "progress.json").is_file():
+        return path
+    latest = path / LATEST
+    if not latest.is_file():
+        return None
+    folder = path / "checkpoints" / latest.read_text(encoding="utf-8").strip()
+    if not (folder / "progress.json").is_file():
+        raise CheckpointError(f"{latest}: names {folder.name}, which is not a whole checkpoint in {folder.parent}")
+    return folder
+
+
+def save_checkpoint(engine: MegatronEngine, config: Config, progress: Progress, run_dir: Path) -> Path:
+    """Write a checkpoint beside its final place, rename it when every rank is done, then move `latest`.
+
+    Returns:
+        The step folder.
+
+    Raises:
+        TrainingError: the disk is full or the folder cannot be written; nothing is taken for whole.
+    """
+    final = run_dir / "checkpoints" / step_folder_name(progress.step)
+    unfinished = final.with_name(f"{final.name}.unfinished")
+    _on_rank_0(lambda: _make_empty(unfinished), f"cannot make {unfinished}")
+    state = engine.sharded_state()
+    try:
+        dist_checkpointing.save(state, str(unfinished))
+    except (OSError, RuntimeError, CheckpointingException) as error:
+        raise TrainingError(f"cannot save {final}: {_first_line(error)}") from error
+
+    def publish() -> None:
+        save_config(config, unfinished / "config.yaml")
+        _write_durably(unfinished / "progress.json", json.dumps(dataclasses.asdict(progress), indent=2))
+        if final.exists():
+            shutil.rmtree(final)
+        unfinished.rename(final)
+        _write_durably(run_dir / LATEST, final.name + "\n")
+        _forget_old(run_dir, config.checkpoint.keep_last)
+
+    _on_rank_0(publish, f"cannot finish {final}")
+    return final
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_durably(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def _forget_old(run_dir: Path, keep_last: int) -> None:
+    whole = sorted(path for path in (run_dir / "checkpoints").glob("step_????????") if path.is_dir())
+    for folder in whole[:-keep_last] if keep_last else []:
+        shutil.rmtree(folder)
+
+
+def _on_rank_0(action: Any, complaint: str) -> None:
+    """Do it on rank 0; a failure there is raised on every rank, so that none waits for the others."""
+    failure: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            failure[0] = f"{complaint}: {error.strerror or error}"
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise TrainingError(failure[0])
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def load_checkpoint(engine: MegatronEngine, config: Config, folder: Path) -> Progress:
+    """Load weights, optimizer and schedule of a step folder, saved under any layout.
+
+    Raises:
+        CheckpointError: another architecture, or tensors that are missing, left over or unreadable.
+    """
+    check_same_architecture(folder, config.model)
+    state = engine.sharded_state(is_loading=True)
+    try:
+        loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_ALL)
+    except (OSError, RuntimeError, KeyError, CheckpointingException) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {_first_line(error)}") from error
+    progress = read_progress(folder)
+    engine.load_state(loaded, progress.step)
+    return progress
+
+
+def read_progress(folder: Path) -> Progress:
+    try:
+        return Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'progress.json'}: cannot be read: {_first_line(error)}") from None
+
+
+def check_same_architecture(folder: Path, model: ModelConfig) -> None:
+    """Refuse a checkpoint whose recipe shapes other weights.
+
+    Raises:
+        CheckpointError: names every key that differs, with both values.
+    """
+    saved, wanted = dataclasses.asdict(load_config(folder / "config.yaml").model), dataclasses.asdict(model)
+    differing = [
+        f"model.{key} is {saved[key]!r} there and {wanted[key]!r} here"
+        for key in wanted
+        if key not in FREE_MODEL_KEYS and saved[key] != wanted[key]
+    ]
+    if differing:
+        raise CheckpointError(f"{folder}: a checkpoint of another architecture: {'; '.join(differing)}")

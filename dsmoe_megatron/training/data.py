@@ -1,0 +1,177 @@
+"""Blended indexed datasets and the order in which their samples are dealt.
+
+Consumed samples alone fix the next batch: micro-batch k of data-parallel rank r takes samples (k*DP + r)*m onward, so
+neither the data-parallel size nor gradient accumulation changes what is in a global batch.
+"""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from torch.utils.data import DataLoader
+
+from dsmoe_megatron.config import Config, DatasetSource
+from dsmoe_megatron.errors import DataError
+from dsmoe_megatron.tokenizers import Tokenizer
+from dsmoe_megatron.training.engines.megatron import Batch
+
+INDEX_HEADER_BYTES = 34  # magic 9, version 8, dtype 1, sequences 8, documents 8
+TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # dtype code -> bytes of a token
+
+
+@dataclass(frozen=True)
+class DatasetTokenizer:
+    """What megatron-core's datasets ask of a tokenizer.
+
+    Attributes:
+        vocab_size: tokens.
+        eod: end-of-document id.
+        pad: an id that is in no document, so that nothing is masked.
+        unique_identifiers: part of the name of the cached sample indices.
+    """
+
+    vocab_size: int
+    eod: int
+    unique_identifiers: OrderedDict[str, object]
+    pad: int = -1
+
+
+def check_datasets(sources: Sequence[DatasetSource], tokenizer: Tokenizer) -> None:
+    """Refuse datasets that are missing, empty, truncated, or made with another tokenizer.
+
+    Raises:
+        DataError: one line that names the file.
+    """
+    for source in sources:
+        index, tokens = Path(f"{source.prefix}.idx"), Path(f"{source.prefix}.bin")
+        for path in (index, tokens):
+            if not path.is_file():
+                raise DataError(f"{path}: no such file; the prefix is the path without .bin/.idx")
+        _check_sizes(index, tokens)
+        _check_manifest(Path(f"{source.prefix}.manifest.json"), tokens, index, tokenizer)
+
+
+def _check_sizes(index: Path, tokens: Path) -> None:
+    header = index.open("rb").read(INDEX_HEADER_BYTES)
+    if len(header) < INDEX_HEADER_BYTES or header[:9] != b"MMIDIDX\x00\x00":
+        raise DataError(f"{index}: not a Megatron dataset index, or truncated; build it again with preprocess.py")
+    token_bytes = TOKEN_BYTES.get(header[17], 0)
+    sequences, documents = (int.from_bytes(header[at : at + 8], "little") for at in (18, 26))
+    expected = INDEX_HEADER_BYTES + sequences * (4 + 8) + documents * 8
+    if index.stat().st_size != expected:
+        raise DataError(f"{index}: {index.stat().st_size} bytes where its header promises {expected}: truncated")
+    if sequences == 0:
+        raise DataError(f"{index}: the dataset is empty")
+    with index.open("rb") as file:
+        file.seek(INDEX_HEADER_BYTES + 4 * (sequences - 1))
+        last_length = int.from_bytes(file.read(4), "little")
+        file.seek(INDEX_HEADER_BYTES + 4 * sequences + 8 * (sequences - 1))
+        last_pointer = int.from_bytes(file.read(8), "little")
+    expected = last_pointer + last_length * token_bytes
+    if tokens.stat().st_size != expected:
+        raise DataError(f"{tokens}: {tokens.stat().st_size} bytes where {index.name} promises {expected}: truncated")
+
+
+def _check_manifest(manifest: Path, tokens: Path, index: Path, tokenizer: Tokenizer) -> None:
+    if not manifest.is_file():
+        raise DataError(f"{manifest}: no such file, so the tokenizer is unknown: preprocess.py writes it last")
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        made_with, files = content["tokenizer"], content["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{manifest}: not a manifest of preprocess.py ({error})") from None
+    for path, kind in ((tokens, "bin"), (index, "idx")):
+        if path.stat().st_size != files[kind]["bytes"]:
+            raise DataError(f"{path}: {path.stat().st_size} bytes where its manifest says {files[kind]['bytes']}")
+    if made_with["fingerprint"] != tokenizer.fingerprint:
+        raise DataError(
+            f"{manifest}: the data was made with tokenizer {made_with['spec']} (fingerprint "
+            f"{made_with['fingerprint'][:12]}), not with data.tokenizer = {tokenizer.spec} "
+            f"({tokenizer.fingerprint[:12]}): give that one, or preprocess the data again"
+        )
+
+
+def data_identity(config: Config, tokenizer: Tokenizer) -> str:
+    """A hash of what fixes the order of training samples: blend, tokenizer, sequence length, seed."""
+    parts = [[source.prefix, source.weight] for source in config.data.train]
+    described = [parts, tokenizer.fingerprint, config.train.sequence_length, config.train.seed]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def build_datasets(config: Config, tokenizer: Tokenizer, cache_dir: Path) -> tuple[Any, Any | None]:
+    """The training and validation datasets; their sample indices are built by rank 0 and cached.
+
+    Args:
+        config: checked recipe; the training set covers train.steps, the validation set evaluation.batches.
+        tokenizer: that the data was made with.
+        cache_dir: folder of the sample indices.
+
+    Returns:
+        Training dataset, and the validation dataset or None.
+    """
+    batch = config.train.global_batch_size
+    sizes = [config.train.steps * batch, config.evaluation.batches * batch if config.data.validation else 0, 0]
+    adapter = DatasetTokenizer(
+        tokenizer.vocab_size, tokenizer.end_of_document_id, OrderedDict(fingerprint=tokenizer.fingerprint)
+    )
+    dataset_config = GPTDatasetConfig(
+        random_seed=config.train.seed,
+        sequence_length=config.train.sequence_length,
+        blend_per_split=[_blend(config.data.train), _blend(config.data.validation), None],
+        tokenizer=adapter,
+        path_to_cache=str(cache_dir),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    train, validation, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, dataset_config).build()
+    return train, validation
+
+
+def _blend(sources: Sequence[DatasetSource]) -> tuple[list[str], list[float] | None] | None:
+    if not sources:
+        return None
+    # a single dataset without a weight is read as it is, without a blending index
+    weights = [source.weight for source in sources] if len(sources) > 1 else None
+    return [source.prefix for source in sources], weights
+
+
+def global_batches(
+    dataset: Any, config: Config, rank: int, ranks: int, consumed_samples: int = 0
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of one global batch after the other.
+
+    Args:
+        dataset: maps a sample's index to its tensors [S].
+        config: batch sizes, and how many loader processes read.
+        rank: data-parallel rank.
+        ranks: data-parallel size.
+        consumed_samples: samples that earlier steps took, over all ranks.
+    """
+    micro, batch = config.train.micro_batch_size, config.train.global_batch_size
+    indices = [
+        range(start, start + micro)
+        for first in range(consumed_samples, len(dataset) - batch + 1, batch)
+        for start in range(first + rank * micro, first + batch, micro * ranks)
+    ]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=indices,
+        num_workers=config.data.num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=config.data.num_workers > 0,
+    )
+    micro_batches: list[Batch] = []
+    for micro_batch in loader:
+        micro_batches.append(micro_batch)
+        if len(micro_batches) == batch // (micro * ranks):
+            yield micro_batches
+            micro_batches = []

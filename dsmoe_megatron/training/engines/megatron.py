@@ -1,0 +1,200 @@
+"""megatron-core as the engine: its pipeline schedules, gradient reduction and distributed optimizer."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
+
+from dsmoe_megatron.config import Config
+from dsmoe_megatron.model.gpt import build_chunks, routers, unwrap
+from dsmoe_megatron.model.router import Router
+from dsmoe_megatron.model.transformer_config import transformer_config
+from dsmoe_megatron.runtime.backends import layer_backend
+from dsmoe_megatron.training.optimizer import (
+    allow_loading_without_fused_adam,
+    build_optimizer,
+    build_schedule,
+    own_step_counts,
+    wrapped_optimizers,
+)
+
+# one micro-batch: tokens, labels, loss_mask, position_ids, each [B, S]
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step saw; the same on every rank.
+
+    Attributes:
+        lm_loss: mean cross-entropy over the global batch, without the mutual-information loss [nats per token].
+        grad_norm: global gradient norm before clipping.
+        learning_rate: of this step.
+    """
+
+    lm_loss: float
+    grad_norm: float
+    learning_rate: float
+
+
+class MegatronEngine:
+    """Model, optimizer and schedule of this rank.
+
+    Args:
+        config: checked recipe with a known vocabulary size.
+        device: of this rank.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.transformer = transformer_config(config, device)
+        chunks = build_chunks(config, self.transformer, layer_backend(device))
+        self.chunks = self._wrap([chunk.to(device) for chunk in chunks])
+        self.optimizer = build_optimizer(config, self.chunks)
+        self.schedule = build_schedule(config.optimizer, config.train.steps, self.optimizer)
+        self._connect_schedule()
+
+    def _wrap(self, chunks: Sequence[MegatronModule]) -> list[MegatronModule]:
+        if self.transformer.bf16:
+            chunks = [Float16Module(self.transformer, chunk) for chunk in chunks]
+        overlap = self.config.parallel.overlap
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+        )
+        # the first chunk's backward ends the step: only its buckets can overlap
+        return [
+            DistributedDataParallel(self.transformer, ddp_config, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        ]
+
+    def _connect_schedule(self) -> None:
+        """Tell megatron-core's schedule, through its configuration, how gradients are scaled, synchronised and ended."""
+        transformer, chunks = self.transformer, self.chunks
+        transformer.finalize_model_grads_func = finalize_model_grads
+        transformer.grad_scale_func = self.optimizer.scale_loss
+        if self.config.parallel.overlap:
+            several = len(chunks) > 1
+            transformer.no_sync_func = [chunk.no_sync for chunk in chunks] if several else chunks[0].no_sync
+            transformer.grad_sync_func = (
+                [chunk.start_grad_sync for chunk in chunks] if several else chunks[0].start_grad_sync
+            )
+            transformer.param_sync_func = (
+                [chunk.start_param_sync for chunk in chunks] if several else chunks[0].start_param_sync
+            )
+
+    @property
+    def routers(self) -> list[Router]:
+        """This rank's routers."""
+        return list(routers(self.chunks))
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> StepResult:
+        """One optimizer step over this rank's micro-batches."""
+        self.forward_backward(micro_batches)
+        lm_loss = self._last_loss
+        # before the step, so that the first step already moves and the last one is at the minimum
+        self.schedule.step(increment=1)
+        _, grad_norm, _ = self.optimizer.step()
+        return StepResult(lm_loss, float(grad_norm), self.optimizer.param_groups[0]["lr"])
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> float:
+        """Fill the gradient buffers with the mean gradient over the global batch; returns the mean loss."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._last_loss = self._run(micro_batches, forward_only=False)
+        return self._last_loss
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Batch]) -> float:
+        """Mean cross-entropy over a global batch without training [nats per token]."""
+        for chunk in self.chunks:
+            chunk.eval()
+        return self._run(micro_batches, forward_only=True)
+
+    def _run(self, micro_batches: Sequence[Batch], forward_only: bool) -> float:
+        batches = [self._on_device(batch) for batch in micro_batches]
+        # every virtual stage walks the micro-batches by itself
+        iterators = [iter(batches) for _ in self.chunks]
+        reports = get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=self.config.train.sequence_length,
+            micro_batch_size=self.config.train.micro_batch_size,
+            forward_only=forward_only,
+        )
+        return self._mean_over_ranks([report["lm_loss"] for report in reports])
+
+    def _on_device(self, batch: Batch) -> Batch:
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        return get_batch_on_this_cp_rank(batch)
+
+    def _forward_step(self, batches: Iterator[Batch], chunk: MegatronModule) -> tuple[Tensor, Any]:
+        batch = next(batches)
+        # no attention mask: the core attention is causal by itself
+        output = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return output, partial(_masked_mean, batch["loss_mask"])
+
+    def _mean_over_ranks(self, losses: Sequence[Tensor]) -> float:
+        """Only the last pipeline stage has losses; context-parallel ranks hold shares of one loss."""
+        mean = torch.stack(list(losses)).mean() if losses else torch.zeros((), device=self.device)
+        mean = mean.to(torch.float64 if self.device.type == "cpu" else torch.float32)
+        dist.all_reduce(mean, group=parallel_state.get_pipeline_model_parallel_group())
+        dist.all_reduce(mean, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        return float(mean) / parallel_state.get_data_parallel_world_size()
+
+    def sharded_state(self, is_loading: bool = False) -> dict[str, Any]:
+        """Weights and optimizer state as megatron-core's sharded tensors, one global tensor per parameter."""
+        model = {}
+        for index, chunk in enumerate(self.chunks):
+            name = "model" if len(self.chunks) == 1 else f"model{index}"
+            model[name] = unwrap(chunk).sharded_state_dict()
+        # both settings make the optimizer's tensors global too, so that every layout loads every other's
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+        if is_loading:
+            for optimizer in wrapped_optimizers(self.optimizer):
+                optimizer._init_optimizer_states_with_dummy_values()
+        optimizer_state = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        return {**model, "optimizer": optimizer_state}
+
+    def load_state(self, state: dict[str, Any], step: int) -> None:
+        """Take over what dist_checkpointing.load made of `sharded_state`, and set the schedule to `step`."""
+        for index, chunk in enumerate(self.chunks):
+            unwrap(chunk).load_state_dict(state["model" if len(self.chunks) == 1 else f"model{index}"])
+        with allow_loading_without_fused_adam(self.optimizer):
+            self.optimizer.load_state_dict(state["optimizer"])
+        own_step_counts(self.optimizer)
+        self.schedule.num_steps = 0
+        self.schedule.step(increment=step)
+
+
+def _masked_mean(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """This context-parallel rank's share of the mean loss, for the schedule, and a copy of it to report.
+
+    The schedule multiplies by the context-parallel size, divides by the number of micro-batches and, in place, scales
+    what it is given: the report must not share its storage.
+    """
+    context_group = parallel_state.get_context_parallel_group()
+    count = loss_mask_BS.sum()
+    if context_group.size() > 1:
+        dist.all_reduce(count, group=context_group)
+    share = (losses_BS.float() * loss_mask_BS).sum() / count.clamp(min=1.0)
+    return share, {"lm_loss": share.detach().clone()}

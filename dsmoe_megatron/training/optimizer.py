@@ -1,0 +1,104 @@
+"""AdamW in megatron-core's distributed optimizer, and its schedule."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+
+from dsmoe_megatron.config import Config, OptimizerConfig
+
+
+def minimum_lr(optimizer: OptimizerConfig) -> float:
+    return optimizer.lr / 10 if optimizer.min_lr is None else optimizer.min_lr
+
+
+def build_optimizer(config: Config, chunks: Sequence[MegatronModule]) -> MegatronOptimizer:
+    """AdamW over this rank's chunks; sharded over the data-parallel ranks at every size, one included.
+
+    Vectors (norms) are exempt from weight decay, which is megatron-core's rule.
+    """
+    section, bf16 = config.optimizer, config.train.precision == "bf16"
+    return get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=section.lr,
+            min_lr=minimum_lr(section),
+            weight_decay=section.weight_decay,
+            adam_beta1=section.beta1,
+            adam_beta2=section.beta2,
+            adam_eps=section.eps,
+            # infinity measures the norm, which is reported, and clips nothing
+            clip_grad=section.clip_grad or float("inf"),
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=True,
+            overlap_param_gather=config.parallel.overlap,
+        ),
+        list(chunks),
+    )
+
+
+def build_schedule(section: OptimizerConfig, steps: int, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Linear warm-up from 0, then a cosine to min_lr at decay_steps; the unit is optimizer steps."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=section.lr,
+        min_lr=minimum_lr(section),
+        lr_warmup_steps=section.warmup_steps,
+        lr_decay_steps=section.decay_steps or steps,
+        lr_decay_style="cosine",
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+
+
+def wrapped_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
+    """The distributed optimizers inside a chain (one for the experts' weights, one for the rest), or the only one."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+@contextlib.contextmanager
+def allow_loading_without_fused_adam(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Let a loaded state keep the step count of torch's AdamW.
+
+    megatron-core 0.16.1 loads a `fully_reshardable` state tensor by tensor and leaves `step` out, which the setter then
+    misses when neither apex nor Transformer Engine supplies the optimizer (distrib_optimizer.py,
+    _set_main_param_and_optimizer_states).
+    """
+    optimizers = wrapped_optimizers(optimizer)
+    for distributed in optimizers:
+        distributed._set_main_param_and_optimizer_states = partial(_set_keeping_step, distributed)
+    try:
+        yield
+    finally:
+        for distributed in optimizers:
+            del distributed._set_main_param_and_optimizer_states
+
+
+def _set_keeping_step(distributed: Any, model_parameter: Any, tensors: dict[str, Any]) -> None:
+    group, order = distributed.model_param_group_index_map[model_parameter]
+    state = distributed.optimizer.state[distributed.optimizer.param_groups[group]["params"][order]]
+    if "step" not in tensors and "step" in state:
+        tensors = {**tensors, "step": state["step"]}
+    type(distributed)._set_main_param_and_optimizer_states(distributed, model_parameter, tensors)
+
+
+def own_step_counts(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter its own AdamW step count after a load.
+
+    megatron-core 0.16.1 loads ONE tensor for all of them (distrib_optimizer.py, load_state_dict, without apex or
+    Transformer Engine): AdamW would then advance the shared count once per parameter, silently.
+    """
+    for distributed in wrapped_optimizers(optimizer):
+        for state in distributed.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].detach().clone()
