@@ -1,4 +1,4 @@
-"""Writer of Megatron's indexed datasets: PREFIX.bin holds the token ids of all documents, PREFIX.idx says where each is.
+"""Writer of Megatron's indexed datasets: PREFIX.bin holds the ids of all documents, PREFIX.idx says where each one is.
 
 The files are byte for byte what megatron-core's IndexedDatasetBuilder writes for the same ids
 (megatron/core/datasets/indexed_dataset.py), without torch and without its Python loop over the documents.

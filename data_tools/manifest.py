@@ -1,4 +1,4 @@
-"""PREFIX.manifest.json: what a dataset holds and what it was made from. Written last, so it vouches for the other files.
+"""PREFIX.manifest.json: what a dataset holds and what it was made from. Written last, it vouches for the other files.
 
 {"format": 1, "documents", "tokens", "text_bytes", "dtype",
  "tokenizer": {"spec", "kind", "vocab_size", "fingerprint", "end_of_document_id"},

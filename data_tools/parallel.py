@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 BUFFERED_PER_WORKER = 4  # results that may wait for a slow one before them
 
 
-class WorkerFailure(Exception):
+class WorkerError(Exception):
     """An error in a worker, with the worker's traceback as its message."""
 
 
@@ -32,7 +32,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
 
     Raises:
         DataError: a worker was killed.
-        WorkerFailure: `function` raised.
+        WorkerError: `function` raised.
     """
     if workers == 1:
         yield from map(function, items)
@@ -57,9 +57,9 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
             process.join()
 
 
-def _dispatch(idle: list[Any], items: Iterator[Any], limit: int) -> Iterator[Any]:
+def _dispatch(idle: list[Connection], items: Iterator[Any], limit: int) -> Iterator[Any]:
     """Give items to idle workers and yield the results in the items' order."""
-    busy: dict[Any, int] = {}  # connection -> number of its item
+    busy: dict[Connection, int] = {}  # connection -> number of its item
     finished: dict[int, Any] = {}
     given = yielded = 0
     more = True
@@ -74,9 +74,10 @@ def _dispatch(idle: list[Any], items: Iterator[Any], limit: int) -> Iterator[Any
             _talk(connection.send, item)
             busy[connection] = given
             given += 1
-        for connection in wait(list(busy)):
+        ready = wait(list(busy))
+        for connection in [connection for connection in busy if connection in ready]:
             result = _talk(connection.recv)
-            if isinstance(result, WorkerFailure):
+            if isinstance(result, WorkerError):
                 raise result
             finished[busy.pop(connection)] = result
             idle.append(connection)
@@ -104,7 +105,7 @@ def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
         try:
             result = function(item)
         except Exception:
-            result = WorkerFailure(traceback.format_exc())
+            result = WorkerError(traceback.format_exc())
         try:
             connection.send(result)
         except OSError:

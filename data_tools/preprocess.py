@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -141,7 +140,9 @@ def preprocess(
     """
     sources = find_sources(inputs, extensions)
     tokenizer = load_tokenizer(tokenizer_spec, parse_special=special_tokens == "parse")
-    options = {"text_key": text_key, "extensions": sorted(extensions), "special_tokens": special_tokens}
+    options: dict[str, Any] = {"text_key": text_key, "special_tokens": special_tokens}
+    if any(source.is_tree for source in sources):
+        options["extensions"] = sorted(extensions)
     plan = planned_manifest(tokenizer, sources, options)
     if not overwrite and (existing := existing_manifest(output_prefix, plan)) is not None:
         print(f"{output_prefix}: made from this input already, nothing to do (--overwrite makes it again)")
@@ -163,7 +164,7 @@ def preprocess(
             writer.publish()
         manifest = write_manifest(output_prefix, plan, tally.results() | {"dtype": dtype.name, "files": files})
     except OSError as error:
-        raise DataError(f"{error.filename or output_prefix}: cannot be written ({error.strerror or error})") from error
+        raise DataError(f"{error.filename or output_prefix}: {error.strerror or error}") from error
     _print_summary(output_prefix, manifest, time.perf_counter() - start)
     return manifest
 

@@ -110,10 +110,11 @@ class _RecipeLoader(yaml.SafeLoader):
     """YAML in which 3e-4 is a number, as in YAML 1.2 and in jsonargparse, and a key stands once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names = [key.value for key, _ in node.value]
+        names: list[Any] = []
         for key, _ in node.value:
-            if names.count(key.value) > 1:
+            if key.value in names:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
+            names.append(key.value)
         return super().construct_mapping(node, deep)
 
 

@@ -2,8 +2,8 @@
 
 Text is only text: a special token spelled out in a document ("</s>" in a page about HTML) is encoded as the ordinary
 characters it is, unless `parse_special` asks otherwise, and no BOS is ever added. So an end of document in the ids is
-one that the data preparation put there. Nothing here imports torch; transformers is imported only for Hugging Face SPECs
-and for `save_huggingface`.
+one that the data preparation put there. Nothing here imports torch; transformers is imported only for a Hugging Face
+SPEC and in `save_huggingface`.
 """
 
 import hashlib
@@ -138,7 +138,8 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._processor.decode([int(i) for i in ids])
+        # sentencepiece itself leaves out all special tokens but <unk>
+        text: str = self._processor.decode([int(i) for i in ids if i not in self._special_tokens.values()])
         return text
 
     def to_huggingface(self) -> tuple["tokenizers.Tokenizer", dict[str, Any]]:

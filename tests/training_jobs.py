@@ -16,7 +16,11 @@ BYTES = 256
 
 
 def tiny_config(model: dict[str, Any] | None = None, parallel: dict[str, Any] | None = None, **train: Any) -> Config:
-    """A model of a few thousand parameters over bytes, with mutual-information losses large enough to be seen."""
+    """A model of some 150,000 parameters over bytes, with mutual-information losses large enough to be seen.
+
+    Args:
+        model, parallel, train: values that differ from the tiny model's; alphas of routers that are not there become 0.
+    """
     model_section: dict[str, Any] = {
         "hidden_size": 64,
         "num_hidden_layers": 4,
@@ -33,6 +37,10 @@ def tiny_config(model: dict[str, Any] | None = None, parallel: dict[str, Any] | 
         "initializer_range": 0.1,
         **(model or {}),
     }
+    if model_section.get("attention_type") == "gqa":
+        model_section |= {"num_attention_experts": 1, "mi_alpha_attention": 0.0}
+    if model_section["num_experts"] == 1 or model_section.get("expert_training") == "sparse":
+        model_section["mi_alpha_mlp"] = 0.0
     train_section: dict[str, Any] = {
         "steps": 10,
         "micro_batch_size": 2,
@@ -43,7 +51,7 @@ def tiny_config(model: dict[str, Any] | None = None, parallel: dict[str, Any] | 
     return Config(
         model=ModelConfig(**model_section),
         parallel=ParallelConfig(**(parallel or {})),
-        optimizer=OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_grad=1.0),
+        optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1, clip_grad=1.0),
         train=TrainConfig(**train_section),
     )
 
@@ -84,10 +92,13 @@ class Trace:
     """What a run leaves behind.
 
     Attributes:
-        lm_losses, grad_norms: of each step.
+        lm_losses: of each step [nats per token].
+        grad_norms: of each step, before clipping.
         mi_losses: of each step, one value per router over the whole model [nats].
         gradients: global tensors of step 1, under megatron-core's checkpoint names.
         weights: global tensors after the last step.
+        initial_weights: global tensors before the first.
+        logits: of the first batch with the initial weights, [B, S, V], where one rank has them all.
     """
 
     lm_losses: list[float] = field(default_factory=list)
@@ -95,6 +106,8 @@ class Trace:
     mi_losses: list[dict[tuple[int, str], float]] = field(default_factory=list)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    initial_weights: dict[str, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
 
 
 def train(config: Config, steps: int) -> tuple[Trace, dict[str, list[Any]]]:
@@ -110,7 +123,8 @@ def train(config: Config, steps: int) -> tuple[Trace, dict[str, list[Any]]]:
     with model_parallel_groups(config.parallel, config.train.seed):
         engine = MegatronEngine(config, torch.device("cpu"))
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        trace, shards = Trace(), {}
+        trace = Trace(logits=_logits(engine, config) if ranks == config.parallel.tensor == 1 else None)
+        shards = {"initial_weights": _shards(engine.sharded_weights(), "")}
         for step in range(steps):
             for router in engine.routers:
                 router.control.statistics.reset()
@@ -120,8 +134,18 @@ def train(config: Config, steps: int) -> tuple[Trace, dict[str, list[Any]]]:
             trace.mi_losses.append(mutual_information_losses(engine.routers, config))
             if step == 0:
                 shards["gradients"] = _optimizer_shards(engine, "exp_avg", result.grad_norm)
-        shards["weights"] = _shards(engine.sharded_state(), "")
+        shards["weights"] = _shards(engine.sharded_weights(), "")
         return trace, shards
+
+
+@torch.no_grad()
+def _logits(engine: Any, config: Config) -> Tensor | None:
+    if config.parallel.pipeline > 1 or config.parallel.context > 1:
+        return None
+    tokens = text_batch(0, config.train.global_batch_size)[:, :-1]
+    engine.chunks[0].eval()
+    logits: Tensor = engine.chunks[0](tokens, torch.arange(SEQUENCE_LENGTH).expand_as(tokens), None)
+    return logits
 
 
 def _optimizer_shards(engine: Any, moment: str, grad_norm: float) -> list[Any]:
@@ -174,4 +198,5 @@ def run_layout(pool: Any, config: Config, world_size: int, steps: int = 10) -> T
         trace,
         gradients=assemble([shards["gradients"] for _, shards in results]),
         weights=assemble([shards["weights"] for _, shards in results]),
+        initial_weights=assemble([shards["initial_weights"] for _, shards in results]),
     )

@@ -18,6 +18,14 @@ PolicyName = Literal["dense", "topk", "threshold", "threshold_topk"]
 RouterKind = Literal["attention", "mlp"]
 
 
+class PolicyError(ValueError):
+    """A policy breaks a rule or does not fit the model; the message is one line, `key = value: rule`."""
+
+    def __init__(self, key: str, value: object, rule: str) -> None:
+        super().__init__(f"{key} = {value!r}: {rule}")
+        self.key, self.value, self.rule = key, value, rule
+
+
 @dataclass(frozen=True)
 class ExpertPolicy:
     """How experts are chosen. The fields have the names of the exported config.json.
@@ -61,7 +69,7 @@ class ExpertPolicy:
             scalar = self.attention_expert_threshold
         threshold = self._layer_value(layer_index, kind, "eps", scalar)
         if threshold is None:
-            raise ValueError(f"expert_threshold = None: the {self.expert_policy} policy needs it")
+            raise PolicyError("expert_threshold", None, f"the {self.expert_policy} policy needs it")
         return float(threshold)
 
     def _layer_value(self, layer_index: int, kind: RouterKind, key: str, scalar: float | None) -> float | None:
@@ -74,10 +82,10 @@ class ExpertPolicy:
         """Check every value against a model; a kind with one expert has no router, and its limits are not used.
 
         Raises:
-            ValueError: one line: key = value: rule.
+            PolicyError: the first rule that is broken.
         """
         if self.expert_policy not in get_args(PolicyName):
-            raise _broken("expert_policy", self.expert_policy, f"must be one of {', '.join(get_args(PolicyName))}")
+            raise PolicyError("expert_policy", self.expert_policy, f"must be one of {', '.join(get_args(PolicyName))}")
         _check_top_k("num_experts_per_tok", self.num_experts_per_tok, num_experts)
         _check_top_k("attention_experts_per_tok", self.attention_experts_per_tok, num_attention_experts)
         _check_threshold("expert_threshold", self.expert_threshold)
@@ -95,17 +103,19 @@ class ExpertPolicy:
         if layers is None:
             return
         if self.expert_policy == "dense":
-            raise _broken("expert_policy_layers", layers, "the dense policy has no limits; leave it null")
+            raise PolicyError("expert_policy_layers", layers, "the dense policy has no limits; leave it null")
         if len(layers) != num_layers:
-            raise _broken("expert_policy_layers", layers, f"must have one entry per layer, {num_layers} in all")
+            raise PolicyError("expert_policy_layers", layers, f"must have one entry per layer, {num_layers} in all")
         limit = "k" if self.expert_policy == "topk" else "eps"
         for layer_index, entry in enumerate(layers):
             key = f"expert_policy_layers[{layer_index}]"
             if not isinstance(entry, Mapping) or not set(entry) <= set(get_args(RouterKind)):
-                raise _broken(key, entry, 'must map "mlp" and "attention" to their limits')
+                raise PolicyError(key, entry, 'must map "mlp" and "attention" to their limits')
             for kind, limits in entry.items():
                 if not isinstance(limits, Mapping) or set(limits) != {limit}:
-                    raise _broken(f"{key}.{kind}", limits, f'must be {{"{limit}": value}} under {self.expert_policy}')
+                    raise PolicyError(
+                        f"{key}.{kind}", limits, f'must be {{"{limit}": value}} under {self.expert_policy}'
+                    )
                 if limit == "k":
                     available = num_experts if kind == "mlp" else num_attention_experts
                     _check_top_k(f"{key}.{kind}.k", limits["k"], available)
@@ -177,15 +187,11 @@ def _check_top_k(key: str, value: object, num_experts: int) -> None:
     if value is None or num_experts == 1:
         return
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= num_experts:
-        raise _broken(key, value, f"must be a whole number from 1 to the {num_experts} experts")
+        raise PolicyError(key, value, f"must be a whole number from 1 to the {num_experts} experts")
 
 
 def _check_threshold(key: str, value: object) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
-        raise _broken(key, value, "must be a number, 0 or above")
-
-
-def _broken(key: str, value: object, rule: str) -> ValueError:
-    return ValueError(f"{key} = {value!r}: {rule}")
+        raise PolicyError(key, value, "must be a number, 0 or above")

@@ -260,11 +260,10 @@ def _qkv_rule(config: Architecture, megatron: str, exported: str) -> TensorRule:
     groups, head_dim, hidden_size = config.num_key_value_heads, config.head_dim, config.hidden_size
     per_group = config.num_attention_heads // groups
     key_shape = (groups * head_dim, hidden_size)
-    # [G, P, D, H] as the export has it: experts in front, or all query heads in Megatron's order
+    # the export has the experts in front, or else all query heads in Megatron's order
+    query_name, query_shape = f"{exported}.q_proj.weight", Shape((groups * per_group * head_dim, hidden_size))
     if config.attention_type == "moa":
         query_name, query_shape = f"{exported}.q_experts", (per_group, groups * head_dim, hidden_size)
-    else:
-        query_name, query_shape = f"{exported}.q_proj.weight", (groups * per_group * head_dim, hidden_size)
 
     def forward(qkv: Tensor) -> list[Tensor]:
         qkv_GPDH = qkv.reshape(groups, per_group + 2, head_dim, hidden_size)

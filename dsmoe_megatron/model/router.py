@@ -105,6 +105,13 @@ class RouterControl:
     statistics: RouterStatistics = field(default_factory=RouterStatistics)
 
 
+class _Float32Linear(nn.Linear):
+    """Computes in float32 whatever the dtype of its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input.float(), self.weight.float())
+
+
 class Router(MegatronModule):
     """Scores every expert for every token; replicated over the tensor-parallel ranks.
 
@@ -123,8 +130,8 @@ class Router(MegatronModule):
         self.control = RouterControl()
         width = options.router_hidden_size
         if options.router_type == "mlp":
-            self.fc1 = nn.Linear(config.hidden_size, width, bias=False, dtype=config.params_dtype)
-            self.fc2 = nn.Linear(width, options.num_experts, bias=False, dtype=config.params_dtype)
+            self.fc1 = _Float32Linear(config.hidden_size, width, bias=False, dtype=config.params_dtype)
+            self.fc2 = _Float32Linear(width, options.num_experts, bias=False, dtype=config.params_dtype)
         else:
             self.weight = nn.Parameter(torch.empty(options.num_experts, config.hidden_size, dtype=config.params_dtype))
         self.to(torch.cuda.current_device())
@@ -143,11 +150,10 @@ class Router(MegatronModule):
 
     def logits(self, hidden_SBH: Tensor) -> Tensor:
         """Router logits, float32, [S, B, E]: bf16 would tie experts and blur the probabilities that thresholds read."""
-        hidden_SBH = hidden_SBH.float()
         if self.options.router_type == "linear":
-            return F.linear(hidden_SBH, self.weight.float())
-        inner_SBR = F.gelu(F.linear(hidden_SBH, self.fc1.weight.float()))
-        return F.linear(inner_SBR, self.fc2.weight.float())
+            return F.linear(hidden_SBH.float(), self.weight.float())
+        logits_SBE: Tensor = self.fc2(F.gelu(self.fc1(hidden_SBH)))
+        return logits_SBE
 
     def forward(self, hidden_SBH: Tensor) -> Tensor:
         """Log-probabilities of the experts for the tokens that the gated units see.

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from dsmoe_megatron.config import Config
 
@@ -33,9 +34,11 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         layernorm_epsilon=model.rms_norm_eps,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
-        # model/initialization.py sets every weight, from the seed alone
-        perform_initialization=False,
-        init_method_std=model.initializer_range,
+        # model/initialization.py sets every weight, from the seed alone. megatron-core must still go through the motions
+        # of initialising: without, it does not mark its shards as such, and the gradient norm misses most of them
+        init_method=_leave_as_it_is,
+        output_layer_init_method=_leave_as_it_is,
+        embedding_init_method=_leave_as_it_is,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -62,6 +65,10 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         cross_entropy_loss_fusion=False,
         **_expert_options(config),
     )
+
+
+def _leave_as_it_is(weight: Tensor) -> Tensor:
+    return weight
 
 
 def _expert_options(config: Config) -> dict[str, object]:

@@ -66,7 +66,7 @@ def _answer_device() -> None:
 
 
 def _answer_factories() -> None:
-    """clip_grads.py, optimizer.py, schedules.py and grad_scaler.py write device="cuda" literally."""
+    """clip_grads.py, optimizer.py, schedules.py and grad_scaler.py write device="cuda" literally; rope_utils.py pins."""
 
     def on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(factory)
@@ -74,6 +74,7 @@ def _answer_factories() -> None:
             device = kwargs.get("device")
             if device is not None and not isinstance(device, int) and torch.device(device).type == "cuda":
                 kwargs["device"] = CPU
+            kwargs.pop("pin_memory", None)
             return factory(*args, **kwargs)
 
         return make

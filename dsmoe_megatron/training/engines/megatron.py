@@ -1,5 +1,6 @@
 """megatron-core as the engine: its pipeline schedules, gradient reduction and distributed optimizer."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -126,7 +127,18 @@ class MegatronEngine:
         """Mean cross-entropy over a global batch without training [nats per token]."""
         for chunk in self.chunks:
             chunk.eval()
-        return self._run(micro_batches, forward_only=True)
+        with self._gathered_parameters():
+            return self._run(micro_batches, forward_only=True)
+
+    @contextlib.contextmanager
+    def _gathered_parameters(self) -> Iterator[None]:
+        """Whole parameters on every rank: when their gathering overlaps with the forward pass, it is still to come."""
+        overlapping = [chunk for chunk in self.chunks if chunk.ddp_config.overlap_param_gather]
+        for chunk in overlapping:
+            chunk.disable_forward_pre_hook(param_sync=True)
+        yield
+        for chunk in overlapping:
+            chunk.enable_forward_pre_hook()
 
     def _run(self, micro_batches: Sequence[Batch], forward_only: bool) -> float:
         batches = [self._on_device(batch) for batch in micro_batches]
@@ -161,12 +173,18 @@ class MegatronEngine:
         dist.all_reduce(mean, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         return float(mean) / parallel_state.get_data_parallel_world_size()
 
-    def sharded_state(self, is_loading: bool = False) -> dict[str, Any]:
-        """Weights and optimizer state as megatron-core's sharded tensors, one global tensor per parameter."""
-        model = {}
+    def sharded_weights(self) -> dict[str, Any]:
+        """Weights as megatron-core's sharded tensors, one global tensor per parameter, by chunk."""
+        with self._gathered_parameters():
+            return {name: unwrap(chunk).sharded_state_dict() for name, chunk in self._named_chunks()}
+
+    def _named_chunks(self) -> Iterator[tuple[str, MegatronModule]]:
         for index, chunk in enumerate(self.chunks):
-            name = "model" if len(self.chunks) == 1 else f"model{index}"
-            model[name] = unwrap(chunk).sharded_state_dict()
+            yield ("model" if len(self.chunks) == 1 else f"model{index}"), chunk
+
+    def sharded_state(self, is_loading: bool = False) -> dict[str, Any]:
+        """Weights and, after the first step, optimizer state as megatron-core's sharded tensors."""
+        model = self.sharded_weights()
         # both settings make the optimizer's tensors global too, so that every layout loads every other's
         metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
         if is_loading:
@@ -177,8 +195,8 @@ class MegatronEngine:
 
     def load_state(self, state: dict[str, Any], step: int) -> None:
         """Take over what dist_checkpointing.load made of `sharded_state`, and set the schedule to `step`."""
-        for index, chunk in enumerate(self.chunks):
-            unwrap(chunk).load_state_dict(state["model" if len(self.chunks) == 1 else f"model{index}"])
+        for name, chunk in self._named_chunks():
+            unwrap(chunk).load_state_dict(state[name])
         with allow_loading_without_fused_adam(self.optimizer):
             self.optimizer.load_state_dict(state["optimizer"])
         own_step_counts(self.optimizer)

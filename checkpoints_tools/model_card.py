@@ -1,0 +1,146 @@
+"""The README.md of an export: what the model is, how it was trained, what it scored, how to use it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from dsmoe_megatron.config import Config, ModelConfig
+from dsmoe_megatron.config_parsing import to_dict
+from dsmoe_megatron.planning.parameters import active_parameters, count_parameters
+from dsmoe_megatron.run_folder import Progress
+
+PAPER = "[Dense Training, Sparse Inference](https://arxiv.org/abs/2404.05567)"
+USE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+model = AutoModelForCausalLM.from_pretrained(folder{trust})
+{policy}print(tokenizer.decode(model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=40)[0]))
+```"""
+SET_POLICY = (
+    'model.set_policy("topk", num_experts_per_tok={top_k})  # or "dense", or "threshold", expert_threshold=0.48\n'
+)
+
+
+def model_card(config: Config, progress: Progress, export: Mapping[str, Any]) -> str:
+    """Markdown text.
+
+    Args:
+        config: resolved recipe of the run.
+        progress: how far the run has come, with its newest validation.
+        export: the export's config.json.
+    """
+    return "\n\n".join(
+        [
+            _front_matter(export),
+            f"# {_kind(config.model)}",
+            _introduction(config.model, export),
+            "## Use",
+            _usage(config.model, export),
+            "## Training",
+            _table(_training_rows(config, progress)),
+            "## Validation",
+            _validation(progress.last_validation),
+            "## Architecture",
+            _table(_architecture_rows(config.model, export)),
+            "## Recipe",
+            f"```yaml\n{yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)}```\n",
+        ]
+    )
+
+
+def _front_matter(export: Mapping[str, Any]) -> str:
+    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": [export["model_type"]]}
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---"
+
+
+def _kind(model: ModelConfig) -> str:
+    if model.expert_training == "sparse":
+        return "Sparse-trained mixture-of-experts language model"
+    if model.has_mlp_router or model.has_attention_router:
+        return "DS-MoE language model"
+    return "Dense language model"
+
+
+def _introduction(model: ModelConfig, export: Mapping[str, Any]) -> str:
+    if model.expert_training == "sparse":
+        return f"Trained with the {model.num_experts_per_tok} best of {model.num_experts} experts per token."
+    if not (model.has_mlp_router or model.has_attention_router):
+        return "A baseline without experts."
+    return (
+        f"Every expert was trained on every token; at inference only some of them compute ({PAPER}). "
+        f"This export's default policy is `{export['expert_policy']}`."
+    )
+
+
+def _usage(model: ModelConfig, export: Mapping[str, Any]) -> str:
+    remote = "auto_map" in export
+    switchable = remote and model.expert_training == "dense" and model.has_mlp_router
+    return USE.format(
+        trust=", trust_remote_code=True" if remote else "",
+        policy=SET_POLICY.format(top_k=model.num_experts_per_tok) if switchable else "",
+    )
+
+
+def _training_rows(config: Config, progress: Progress) -> Iterator[tuple[str, str]]:
+    yield "Steps", f"{progress.step:,}"
+    yield "Tokens", f"{progress.tokens:,}"
+    yield "Sequence length", f"{config.train.sequence_length:,}"
+    yield "Batch", f"{config.train.global_batch_size:,} sequences"
+    yield "Precision", config.train.precision
+    for label, line in (("first", progress.first), ("last", progress.last)):
+        if line is not None and "lm_loss" in line:
+            yield f"Training loss, {label} report", f"{line['lm_loss']:.4f}"
+
+
+def _validation(line: Mapping[str, Any] | None) -> str:
+    if line is None:
+        return "The run had no validation."
+    rows = [("Step", f"{line['step']:,}"), ("Loss, all experts active", f"{line['validation_loss']:.4f}")]
+    text = _table(rows)
+    policies = line.get("policies") or []
+    if policies:
+        header = "| Policy | Perplexity | Active share of the parameters without embeddings |\n|---|---|---|"
+        body = "\n".join(
+            f"| {_policy_label(entry)} | {entry['perplexity']:.3f} | {100 * entry['active_share']:.1f} % |"
+            for entry in policies
+        )
+        text = f"{text}\n\n{header}\n{body}"
+    return text
+
+
+def _policy_label(entry: Mapping[str, Any]) -> str:
+    """`topk, num_experts_per_tok 4`: the policy and whatever limits it was measured with."""
+    limits = [
+        f"{key} {value:g}"
+        for key, value in entry.items()
+        if key.endswith(("_per_tok", "_threshold")) and value is not None
+    ]
+    return ", ".join([str(entry.get("expert_policy", entry.get("policy", "?"))), *limits])
+
+
+def _architecture_rows(model: ModelConfig, export: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    count = count_parameters(model)
+    yield "Parameters without embeddings", f"{count.total_without_embeddings:,}"
+    if count.total is not None:
+        yield "Parameters in training, embeddings included", f"{count.total:,}"
+    if export.get("expert_policy") == "topk":
+        attention = export["attention_experts_per_tok"] or model.num_attention_experts
+        active = active_parameters(model, export["num_experts_per_tok"] or model.num_experts, attention)
+        yield "Active per token under the default policy", f"{active:,.0f}"
+    yield "Layers", f"{model.num_hidden_layers}"
+    yield "Hidden size", f"{model.hidden_size:,}"
+    yield "Query heads / key-value heads", f"{model.num_attention_heads} / {model.num_key_value_heads}"
+    if model.has_attention_router:
+        yield "Attention experts per layer", f"{model.num_attention_experts}"
+    if model.has_mlp_router:
+        yield "MLP experts per layer", f"{model.num_experts} of {model.moe_intermediate_size:,} units"
+    else:
+        yield "MLP units", f"{model.intermediate_size:,}"
+    yield "Vocabulary", f"{export['vocab_size']:,}"
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    return "| | |\n|---|---|\n" + "\n".join(f"| {label} | {value} |" for label, value in rows)

@@ -1,0 +1,158 @@
+"""One file for bash, sbatch and torchrun: what each reader makes of it."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHERS = ROOT / "launchers"
+SIZES = ("1b", "3b", "6b")
+
+
+def run(command: list[str], folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run with SLURM's and our own variables taken from `environment` alone."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "DSMOE_"))}
+    environment = {**inherited, "DSMOE_PYTHON": sys.executable, **environment}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def dry_run(launcher: Path, *arguments: str, folder: Path = ROOT, **environment: str) -> list[str]:
+    """Words of the command that the launcher would run."""
+    finished = run(["bash", str(launcher), *arguments], folder, DSMOE_DRY_RUN="1", **environment)
+    assert finished.returncode == 0, finished.stderr
+    return shlex.split(finished.stdout)
+
+
+@pytest.fixture
+def slurm_commands(tmp_path: Path) -> Path:
+    """A folder with a scontrol that answers as SLURM does for a job of two nodes, submitted from elsewhere."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    scontrol = folder / "scontrol"
+    scontrol.write_text(
+        "#!/usr/bin/env bash\n"
+        'if [[ "$*" == "show hostnames gpu[3-4]" ]]; then printf "gpu3\\ngpu4\\n"; fi\n'
+        'if [[ "$*" == "show job 12345" ]]; then\n'
+        f'  printf "JobId=12345 JobName=x\\n   Command={LAUNCHERS}/pretrain_3b.sh --train.steps 2\\n   WorkDir=/\\n"\n'
+        "fi\n"
+    )
+    scontrol.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_bash_and_python_both_read_the_file(size: str) -> None:
+    launcher = LAUNCHERS / f"pretrain_{size}.sh"
+
+    assert run(["bash", "-n", str(launcher)]).stderr == ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a backslash of the bash half would be an escape to Python
+        compile(launcher.read_text(), str(launcher), "exec")
+
+
+def test_the_launchers_differ_in_recipe_and_resources_alone() -> None:
+    def shared_lines(size: str) -> list[str]:
+        lines = (LAUNCHERS / f"pretrain_{size}.sh").read_text().replace(f"dsmoe_{size}", "RECIPE").splitlines()
+        return [line for line in lines if not line.startswith("#")]
+
+    assert shared_lines("1b") == shared_lines("3b") == shared_lines("6b")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_bash_starts_torchrun_on_this_machine(size: str, tmp_path: Path) -> None:
+    words = dry_run(LAUNCHERS / f"pretrain_{size}.sh", "--train.steps", "2", "--train.run_dir", "a b", folder=tmp_path)
+
+    recipe = str(LAUNCHERS / "recipes" / f"dsmoe_{size}.yaml")
+    assert words == [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "auto", "--standalone"),
+        *("-m", "dsmoe_megatron", "pretrain", "--config", recipe, "--train.steps", "2", "--train.run_dir", "a b"),
+    ]
+
+
+def test_the_number_of_processes_can_be_chosen() -> None:
+    words = dry_run(LAUNCHERS / "pretrain_1b.sh", DSMOE_PROCESSES_PER_NODE="3")
+
+    assert words[words.index("--nproc-per-node") + 1] == "3"
+
+
+def test_sbatch_finds_the_repository_above_the_folder_of_submission(tmp_path: Path) -> None:
+    spooled = tmp_path / "slurm_script"
+    shutil.copy(LAUNCHERS / "pretrain_6b.sh", spooled)
+
+    words = dry_run(
+        spooled, folder=tmp_path, SLURM_JOB_ID="7", SLURM_NNODES="1", SLURM_SUBMIT_DIR=f"{LAUNCHERS}/recipes"
+    )
+
+    assert str(LAUNCHERS / "recipes" / "dsmoe_6b.yaml") in words
+
+
+def test_sbatch_starts_one_torchrun_on_each_node(tmp_path: Path, slurm_commands: Path) -> None:
+    spooled = tmp_path / "slurm_script"
+    shutil.copy(LAUNCHERS / "pretrain_3b.sh", spooled)
+
+    words = dry_run(
+        spooled,
+        *("--train.steps", "2"),
+        folder=tmp_path,
+        PATH=f"{slurm_commands}:{os.environ['PATH']}",
+        SLURM_JOB_ID="12345",
+        SLURM_NNODES="2",
+        SLURM_JOB_NODELIST="gpu[3-4]",
+        SLURM_SUBMIT_DIR="/",
+        SLURM_CPUS_PER_TASK="16",
+    )
+
+    assert words[:10] == [
+        *("srun", "--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1", "--kill-on-bad-exit=1"),
+        *("--cpus-per-task", "16"),
+    ]
+    torchrun = words[words.index("torch.distributed.run") + 1 : words.index("dsmoe_megatron")]
+    assert torchrun == [
+        *("--nproc-per-node", "auto", "--nnodes", "2"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "gpu3:22345", "--rdzv-id", "12345", "-m"),
+    ]
+    assert words[-2:] == ["--train.steps", "2"]
+
+
+def test_a_lost_repository_is_said(tmp_path: Path) -> None:
+    spooled = tmp_path / "slurm_script"
+    shutil.copy(LAUNCHERS / "pretrain_1b.sh", spooled)
+
+    finished = run(["bash", str(spooled)], tmp_path, DSMOE_ROOT="/nowhere")
+
+    assert finished.returncode == 2
+    assert finished.stderr == "error: no launchers/launch.sh in /nowhere; set DSMOE_ROOT to the repository\n"
+
+
+def test_a_wrong_key_is_said_once_and_starts_nothing() -> None:
+    finished = run(["bash", str(LAUNCHERS / "pretrain_1b.sh"), "--train.stepz", "2"])
+
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    assert re.fullmatch(r".*error: train\.stepz = '2': unknown key; did you mean train\.steps\?\n", finished.stderr)
+
+
+def test_python_runs_the_same_recipe_from_anywhere(tmp_path: Path) -> None:
+    launcher = LAUNCHERS / "pretrain_6b.sh"
+
+    finished = run([sys.executable, str(launcher), "--print_config", "--train.steps", "2"], tmp_path)
+
+    printed = yaml.safe_load(finished.stdout)
+    assert (printed["model"]["hidden_size"], printed["train"]["steps"]) == (4096, 2)
+
+
+def test_torchrun_takes_the_launcher_for_its_script() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+    finished = run([*torchrun, "launchers/pretrain_6b.sh", "--print_config"], OMP_NUM_THREADS="1")
+
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("hidden_size: 4096") == 2
