@@ -199,7 +199,7 @@ def _check_source(source: DistributedCheckpoint, mapping: TensorMapping) -> None
         if shape != expected[name]:
             rule = f"but its configuration makes it {expected[name]}"
             raise CheckpointError(f"{source.folder}: {name} has shape {shape}, {rule}")
-    # Transformer Engine's layers save an object of their own (FP8 scales), which holds no weights
+    # megatron-core's parallel layers save an object of their own (Transformer Engine's FP8 scales), without weights
     unknown = [n for n in source.object_names if not n.startswith("optimizer.") and "._extra_state" not in n]
     if unknown:
         raise CheckpointError(f"{source.folder} has unknown {', '.join(sorted(unknown))}: not a model's checkpoint")

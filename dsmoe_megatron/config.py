@@ -235,16 +235,16 @@ class LoggingConfig:
 
 @dataclass
 class PolicyConfig:
-    """One policy to evaluate; a null value takes the model section's."""
+    """One sparse policy to evaluate; a null value takes the model section's."""
 
-    expert_policy: ExpertPolicyName = "dense"
-    """How experts are chosen."""
+    expert_policy: Literal["topk", "threshold"] = "topk"
+    """How experts are chosen; threshold_topk depends on the batch and so on the layout: evaluate it on an export."""
     num_experts_per_tok: int | None = None
     """K of the MLP experts (topk)."""
     attention_experts_per_tok: int | None = None
     """K of the attention experts (topk); null activates all of them unless the model section says otherwise."""
     expert_threshold: float | None = None
-    """eps (threshold, threshold_topk)."""
+    """eps of the MLP experts (threshold)."""
     attention_expert_threshold: float | None = None
     """eps of the attention experts; null is expert_threshold."""
 

@@ -5,9 +5,15 @@ from typing import NoReturn
 
 
 class DSMoEError(Exception):
-    """A fault that the user can mend. The command line prints its message alone, without a traceback."""
+    """A fault that the user can mend. The command line prints its message alone, without a traceback.
+
+    Attributes:
+        exit_code: of the process that it ends.
+        on_every_rank: every process of the run raises it, so that one of them saying so is enough.
+    """
 
     exit_code = 1
+    on_every_rank = False
 
 
 class ConfigurationError(DSMoEError):
@@ -20,6 +26,7 @@ class ConfigurationError(DSMoEError):
     """
 
     exit_code = 2
+    on_every_rank = True
 
     def __init__(self, key: str, value: object, rule: str) -> None:
         super().__init__(f"{key} = {value!r}: {rule}")

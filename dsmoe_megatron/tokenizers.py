@@ -312,7 +312,7 @@ def _require_exact_conversion(model: Any, spec: str) -> None:
     characters = {p.piece for p in normal if len(p.piece) == 1}
     joined = [p for p in normal if len(p.piece) > 1]
     defined = [p.piece for p in pieces if p.type == piece_type.USER_DEFINED]
-    spaced = [piece for piece in defined if WORD_BOUNDARY in piece]
+    spaced = [piece for piece in defined if WORD_BOUNDARY in piece or " " in piece]
     orphans = [p.piece for p in joined if not characters.issuperset(p.piece)]
     obstacles = {
         f"model_type {trainer.ModelType.Name(trainer.model_type)} (only BPE)": trainer.model_type != trainer.BPE,

@@ -1,7 +1,9 @@
 """Recipes and layouts that can run are accepted; each impossible one is refused with key, value and rule."""
 
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -192,3 +194,21 @@ def test_data_parallel_size_is_what_is_left_of_the_processes() -> None:
     config = recipe({"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.context": 2, "parallel.expert": 4})
 
     assert data_parallel_size(config, world_size=24) == 3
+
+
+def numeric_keys(section: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of every number in a recipe, also of those that are null by default."""
+    for name, hint in get_type_hints(type(section)).items():
+        if is_dataclass(hint):
+            yield from numeric_keys(getattr(section, name), f"{prefix}{name}.")
+        elif hint in (int, float, int | None, float | None):
+            yield prefix + name
+
+
+@pytest.mark.parametrize("key", numeric_keys(Config()))
+@pytest.mark.parametrize("value", [-1, float("nan")])
+def test_no_number_may_be_negative_or_undefined(key: str, value: float) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        check_config(recipe({key: value}), world_size=1)
+
+    assert raised.value.key == key

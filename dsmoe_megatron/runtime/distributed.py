@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import datetime
+import hashlib
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dsmoe_megatron.config import ParallelConfig
+from dsmoe_megatron.errors import DSMoEError
 
 
 def world_size_from_environment() -> int:
@@ -29,7 +31,8 @@ def prepare_device() -> torch.device:
     """
     # one line per layer and rank says nothing that a user can act on
     warnings.filterwarnings("ignore", message=".*Apex is not installed.*")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="megatron")
+    for library in ("megatron", "torch.distributed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
@@ -108,3 +111,38 @@ def model_parallel_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]
         yield
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def seed_dropout(seed: int, step: int) -> None:
+    """Set the random states for one step from the run's seed and the step alone, so that no state needs saving.
+
+    Equal over tensor-parallel ranks where tensors are replicated; different over data-parallel and pipeline ranks.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    place = (
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    digest = hashlib.sha256(f"{seed}/{step}/{place}".encode()).digest()
+    step_seed = int.from_bytes(digest[:4], "big") >> 1
+    torch.manual_seed(step_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(step_seed, force_reset_rng=True)
+
+
+@contextlib.contextmanager
+def raised_on_every_rank() -> Iterator[None]:
+    """An error of ours that one rank meets inside the block ends the block with an error on all of them."""
+    failure: DSMoEError | None = None
+    try:
+        yield
+    except DSMoEError as error:
+        failure = error
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if failure is None else str(failure))
+    first = next((message for message in messages if message is not None), None)
+    if first is None:
+        return
+    shared = failure or DSMoEError(first)
+    shared.on_every_rank = True
+    raise shared

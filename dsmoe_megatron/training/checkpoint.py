@@ -1,14 +1,12 @@
 """Distributed checkpoints: one global tensor per parameter, so that every layout loads every other's.
 
-A run folder holds checkpoints/step_NNNNNNNN/ and `latest`, the name of the newest whole one, written last. A step
-folder is a megatron-core distributed checkpoint plus config.yaml (the resolved recipe) and progress.json.
+run_folder.py says what lies where.
 """
 
 import dataclasses
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,8 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from dsmoe_megatron.config import Config, ModelConfig
 from dsmoe_megatron.config_parsing import load_config, save_config
 from dsmoe_megatron.errors import CheckpointError, TrainingError
+from dsmoe_megatron.run_folder import LATEST, Progress, read_progress, step_folder_name
 from dsmoe_megatron.training.engines.megatron import MegatronEngine
-
-LATEST = "latest"
 
 # what may differ between a checkpoint's recipe and the one that loads it: nothing that shapes a weight
 FREE_MODEL_KEYS = {
@@ -42,46 +39,24 @@ FREE_MODEL_KEYS = {
 }
 
 
-@dataclass
-class Progress:
-    """How far a run has come; saved as progress.json.
+def check_disk_space(run_dir: Path, parameters: int, config: Config) -> None:
+    """Refuse to start where not even one checkpoint fits.
 
-    Attributes:
-        step: optimizer steps done.
-        consumed_samples: samples that they took, over all ranks.
-        tokens: tokens that they took.
-        data_identity: hash of what fixes the order of samples.
-        first: the first line of metrics; last: the newest one; last_validation: the newest validation line.
-    """
-
-    step: int = 0
-    consumed_samples: int = 0
-    tokens: int = 0
-    data_identity: str = ""
-    first: dict[str, Any] | None = None
-    last: dict[str, Any] | None = None
-    last_validation: dict[str, Any] | None = None
-
-
-def step_folder_name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def find_checkpoint(path: Path) -> Path | None:
-    """The step folder that a run folder or a step folder stands for; None if a run folder has none yet.
+    Args:
+        run_dir: exists.
+        parameters: of the whole model.
+        config: precision decides the bytes of a weight; each has a float32 master copy and two moments beside it.
 
     Raises:
-        CheckpointError: `latest` names a folder that is not there or not whole.
+        TrainingError: names the folder, what is needed and what is free.
     """
-    if (path / "progress.json").is_file():
-        return path
-    latest = path / LATEST
-    if not latest.is_file():
-        return None
-    folder = path / "checkpoints" / latest.read_text(encoding="utf-8").strip()
-    if not (folder / "progress.json").is_file():
-        raise CheckpointError(f"{latest}: names {folder.name}, which is not a whole checkpoint in {folder.parent}")
-    return folder
+    needed = parameters * ((2 if config.train.precision == "bf16" else 4) + 3 * 4)
+    free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise TrainingError(
+            f"{run_dir}: {free / 1e6:,.0f} MB free, but one checkpoint takes {needed / 1e6:,.0f} MB; "
+            "free some or set train.run_dir to another disk"
+        )
 
 
 def save_checkpoint(engine: MegatronEngine, config: Config, progress: Progress, run_dir: Path) -> Path:
@@ -168,13 +143,6 @@ def load_checkpoint(engine: MegatronEngine, config: Config, folder: Path) -> Pro
     progress = read_progress(folder)
     engine.load_state(loaded, progress.step)
     return progress
-
-
-def read_progress(folder: Path) -> Progress:
-    try:
-        return Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'progress.json'}: cannot be read: {_first_line(error)}") from None
 
 
 def check_same_architecture(folder: Path, model: ModelConfig) -> None:

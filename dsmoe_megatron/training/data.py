@@ -99,10 +99,16 @@ def _check_manifest(manifest: Path, tokens: Path, index: Path, tokenizer: Tokeni
 
 
 def data_identity(config: Config, tokenizer: Tokenizer) -> str:
-    """A hash of what fixes the order of training samples: blend, tokenizer, sequence length, seed."""
-    parts = [[source.prefix, source.weight] for source in config.data.train]
-    described = [parts, tokenizer.fingerprint, config.train.sequence_length, config.train.seed]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+    """A hash of what fixes the order of training samples: blend, tokenizer, sequence length, seed.
+
+    Datasets count by their content, so that they may lie elsewhere after a resume.
+    """
+    blend = []
+    for source in config.data.train:
+        manifest = json.loads(Path(f"{source.prefix}.manifest.json").read_text(encoding="utf-8"))
+        blend.append([manifest["files"]["bin"]["sha256"], source.weight])
+    parts = [blend, tokenizer.fingerprint, config.train.sequence_length, config.train.seed]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def build_datasets(config: Config, tokenizer: Tokenizer, cache_dir: Path) -> tuple[Any, Any | None]:

@@ -1,5 +1,6 @@
 """Export: a distributed checkpoint in pieces becomes a folder that transformers loads, with the reference's logits."""
 
+import io
 import json
 import pickle
 import subprocess
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from checkpoints_tools.export_hf import export
+from checkpoints_tools.export_hf import export, main
 from dsmoe_megatron.config import Config, DataConfig, ModelConfig, TrainConfig
 from dsmoe_megatron.config_parsing import save_config
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError
@@ -28,16 +29,16 @@ from tests import reference_model as reference
 ARCHITECTURE = reference.ReferenceConfig(vocab_size=257, hidden_size=16, head_dim=8, moe_intermediate_size=8)
 GQA = replace(ARCHITECTURE, attention_type="gqa", num_attention_experts=1, num_attention_heads=2, num_key_value_heads=1)
 LLAMA = replace(GQA, num_experts=1, hidden_act="silu", gated_mlp=True)
-EXPORT = [sys.executable, "checkpoints_tools/export_hf.py"]
 
 
 class InPieces(dcp.DefaultSavePlanner):
-    """Saves a layer at a time and halves the next axis, as a tensor-parallel run of megatron-core does."""
+    """Saves as a tensor-parallel run of megatron-core: layer by layer, the next axis in halves; bytes as objects."""
 
     def create_local_plan(self) -> SavePlan:
         items = []
         for name, tensor in self.state_dict.items():
             if not isinstance(tensor, Tensor):
+                items.append(WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO))
                 continue
             axes = [[(0, 1)] if size < 2 else [(0, size // 2), (size // 2, size)] for size in tensor.shape[:2]]
             if name.startswith("decoder.layers"):
@@ -53,8 +54,10 @@ class InPieces(dcp.DefaultSavePlanner):
         self.plan = SavePlan(items, planner_data={})
         return self.plan
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        tensor: Tensor = self.state_dict[write_item.index.fqn]
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        tensor: Tensor | io.BytesIO = self.state_dict[write_item.index.fqn]
+        if isinstance(tensor, io.BytesIO):
+            return tensor
         assert write_item.tensor_data is not None
         chunk = write_item.tensor_data.chunk
         for axis, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
@@ -92,7 +95,7 @@ def make_run(
     folder: Path,
     tokenizer: Path,
     architecture: reference.ReferenceConfig,
-    extra: dict[str, Tensor] | None = None,
+    extra: dict[str, Any] | None = None,
     **model: Any,
 ) -> Run:
     names = {"rope_theta", "vocab_size"}
@@ -110,7 +113,12 @@ def make_run(
     megatron["optimizer.state.exp_avg.decoder.final_layernorm.weight"] = torch.zeros(16)
 
     step_folder = folder / "checkpoints" / "step_00000007"
-    dcp.save({**megatron, **(extra or {})}, checkpoint_id=step_folder, planner=InPieces(), no_dist=True)
+    layer_object = {"decoder.layers.mlp.linear_fc1._extra_state/shard_0_2": io.BytesIO(b"scales")}
+    planner = InPieces()
+    dcp.save({**megatron, **layer_object, **(extra or {})}, checkpoint_id=step_folder, planner=planner, no_dist=True)
+    contents = pickle.loads((step_folder / ".metadata").read_bytes())
+    contents.all_local_plans = [planner.plan]  # as megatron-core adds it
+    (step_folder / ".metadata").write_bytes(pickle.dumps(contents))
     save_config(config, step_folder / "config.yaml")
     policies = [{"expert_policy": "topk", "num_experts_per_tok": 2, "perplexity": 12.3456, "active_share": 0.512}]
     validation = {"step": 7, "validation_loss": 2.3456789, "policies": policies}
@@ -230,16 +238,26 @@ def test_a_dense_baseline_that_is_a_llama_is_exported_as_one(tmp_path: Path, tok
         export(llama.folder, tmp_path / "no", {"num_experts_per_tok": 2})
 
 
-def test_tensors_that_do_not_fit_are_named_and_nothing_is_left(tmp_path: Path, tokenizer_folder: Path) -> None:
-    extra = {"decoder.layers.mlp.linear_fc1.bias": torch.zeros(2, 40)}
+@pytest.mark.parametrize(
+    ("extra", "units", "message"),
+    [
+        (
+            {"decoder.layers.mlp.linear_fc1.bias": torch.zeros(2, 40)},
+            8,
+            r"has unknown decoder\.layers\.mlp\.linear_fc1\.b",
+        ),
+        ({"replay_buffer": io.BytesIO(b"?")}, 8, r"has unknown replay_buffer"),
+        ({}, 16, r"linear_fc1\.weight has shape \(2, 40, 16\), but its configuration makes it \(2, 80, 16\)"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_is_left(
+    tmp_path: Path, tokenizer_folder: Path, extra: dict[str, Any], units: int, message: str
+) -> None:
     run = make_run(tmp_path / "run", tokenizer_folder, ARCHITECTURE, extra)
-    with pytest.raises(CheckpointError, match=r"unknown decoder\.layers\.mlp\.linear_fc1\.bias"):
-        export(run.folder, tmp_path / "export")
-
     recipe = run.step_folder / "config.yaml"
-    recipe.write_text(recipe.read_text().replace("moe_intermediate_size: 8", "moe_intermediate_size: 16"))
-    extra.clear()
-    with pytest.raises(CheckpointError, match=r"linear_fc1\.(bias|weight)"):
+    recipe.write_text(recipe.read_text().replace("moe_intermediate_size: 8", f"moe_intermediate_size: {units}"))
+
+    with pytest.raises(CheckpointError, match=message):
         export(run.folder, tmp_path / "export")
 
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -292,22 +310,26 @@ def test_an_existing_folder_is_kept_unless_told(run: Run, tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "strange"]
 
 
-def test_the_command_exports_and_its_errors_are_one_line(run: Run, tmp_path: Path) -> None:
-    output = tmp_path / "export"
+def test_the_command_line_reaches_the_export(run: Run, tmp_path: Path) -> None:
     options = ["--policy", "topk", "--top-k", "1", "--attention-top-k", "2", "--dtype", "bf16"]
-    done = subprocess.run(
-        [*EXPORT, "--checkpoint", str(run.folder), "--output", str(output), *options], capture_output=True, text=True
-    )
-    failed = subprocess.run(
-        [*EXPORT, "--checkpoint", str(run.folder), "--output", str(tmp_path / "b"), "--top-k", "9"],
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "checkpoints_tools/export_hf.py", "--checkpoint", str(run.folder)]
 
-    assert done.returncode == 0, done.stderr
-    config = json.loads((output / "config.json").read_text())
+    subprocess.run([*command, "--output", str(tmp_path / "export"), *options], check=True)
+
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert (config["expert_policy"], config["num_experts_per_tok"], config["dtype"]) == ("topk", 1, "bfloat16")
-    assert failed.returncode == 2
-    assert failed.stderr.splitlines() == [
+
+
+def test_an_error_is_one_line_and_a_non_zero_exit(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--checkpoint", str(run.folder), "--output", str(tmp_path / "export"), "--top-k", "9"]
+    monkeypatch.setattr(sys, "argv", ["export_hf", *options])
+
+    with pytest.raises(SystemExit) as end:
+        main()
+
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
         "export_hf: error: num_experts_per_tok = 9: must be a whole number from 1 to the 5 experts"
     ]

@@ -1,10 +1,6 @@
 """The exported model against the reference: logits, loss, gradients, every policy; generation, padding, saving."""
 
 import dataclasses
-import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import dsmoe_megatron.inference
 from dsmoe_megatron.inference.configuration_dsmoe import DSMoEConfig
 from dsmoe_megatron.inference.modeling_dsmoe import DSMoEForCausalLM
 from tests import reference_model as reference
@@ -288,38 +283,3 @@ def test_a_configuration_that_breaks_a_rule_is_refused(values: dict[str, Any], m
 
     with pytest.raises(ValueError, match=message):
         DSMoEConfig(**{**{name: architecture[name] for name in names}, **values})
-
-
-def test_remote_code_loads_where_the_package_is_not_installed(tmp_path: Path) -> None:
-    model, _ = build(VARIANTS["gelu_linear_moa"], torch.float32)
-    folder = tmp_path / "export"
-    model.save_pretrained(folder)
-    code = Path(dsmoe_megatron.inference.__file__).parent
-    for name in ("configuration_dsmoe.py", "modeling_dsmoe.py", "policy.py"):
-        shutil.copy(code / name, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {
-        "AutoConfig": "configuration_dsmoe.DSMoEConfig",
-        "AutoModelForCausalLM": "modeling_dsmoe.DSMoEForCausalLM",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    script = f"""
-import importlib.abc, sys
-class Refuse(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name.split(".")[0] == "dsmoe_megatron":
-            raise ImportError("this package is not installed here")
-sys.meta_path.insert(0, Refuse())
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
-model.set_policy("threshold")
-torch.save(model(torch.tensor({token_ids().tolist()})).logits, {str(tmp_path / "logits.pt")!r})
-"""
-    environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
-
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=tmp_path, timeout=120)
-
-    model.set_policy("threshold")
-    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
-    assert_equal(logits, model(token_ids()).logits)

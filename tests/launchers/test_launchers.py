@@ -66,21 +66,14 @@ def test_the_launchers_differ_in_recipe_and_resources_alone() -> None:
     assert shared_lines("1b") == shared_lines("3b") == shared_lines("6b")
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_bash_starts_torchrun_on_this_machine(size: str, tmp_path: Path) -> None:
-    words = dry_run(LAUNCHERS / f"pretrain_{size}.sh", "--train.steps", "2", "--train.run_dir", "a b", folder=tmp_path)
+def test_bash_starts_torchrun_on_this_machine(tmp_path: Path) -> None:
+    words = dry_run(LAUNCHERS / "pretrain_1b.sh", "--train.steps", "2", "--train.run_dir", "a b", folder=tmp_path)
 
-    recipe = str(LAUNCHERS / "recipes" / f"dsmoe_{size}.yaml")
+    recipe = str(LAUNCHERS / "recipes" / "dsmoe_1b.yaml")
     assert words == [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "auto", "--standalone"),
         *("-m", "dsmoe_megatron", "pretrain", "--config", recipe, "--train.steps", "2", "--train.run_dir", "a b"),
     ]
-
-
-def test_the_number_of_processes_can_be_chosen() -> None:
-    words = dry_run(LAUNCHERS / "pretrain_1b.sh", DSMOE_PROCESSES_PER_NODE="3")
-
-    assert words[words.index("--nproc-per-node") + 1] == "3"
 
 
 def test_sbatch_finds_the_repository_above_the_folder_of_submission(tmp_path: Path) -> None:
@@ -102,6 +95,7 @@ def test_sbatch_starts_one_torchrun_on_each_node(tmp_path: Path, slurm_commands:
         spooled,
         *("--train.steps", "2"),
         folder=tmp_path,
+        DSMOE_PROCESSES_PER_NODE="8",
         PATH=f"{slurm_commands}:{os.environ['PATH']}",
         SLURM_JOB_ID="12345",
         SLURM_NNODES="2",
@@ -116,7 +110,7 @@ def test_sbatch_starts_one_torchrun_on_each_node(tmp_path: Path, slurm_commands:
     ]
     torchrun = words[words.index("torch.distributed.run") + 1 : words.index("dsmoe_megatron")]
     assert torchrun == [
-        *("--nproc-per-node", "auto", "--nnodes", "2"),
+        *("--nproc-per-node", "8", "--nnodes", "2"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "gpu3:22345", "--rdzv-id", "12345", "-m"),
     ]
     assert words[-2:] == ["--train.steps", "2"]

@@ -1,0 +1,256 @@
+"""The training run, from a recipe to its last checkpoint."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from dsmoe_megatron.config import Config
+from dsmoe_megatron.config_parsing import save_config
+from dsmoe_megatron.config_rules import check_config
+from dsmoe_megatron.errors import CheckpointError, ConfigurationError, TrainingError
+from dsmoe_megatron.planning.parameters import count_parameters
+from dsmoe_megatron.run_folder import Progress, find_checkpoint
+from dsmoe_megatron.runtime.distributed import (
+    model_parallel_groups,
+    process_group,
+    raised_on_every_rank,
+    seed_dropout,
+)
+from dsmoe_megatron.tokenizers import Tokenizer, load_tokenizer
+from dsmoe_megatron.training.checkpoint import check_disk_space, load_checkpoint, save_checkpoint
+from dsmoe_megatron.training.data import build_datasets, check_datasets, data_identity, global_batches
+from dsmoe_megatron.training.engines.megatron import Batch, MegatronEngine, StepResult
+from dsmoe_megatron.training.expert_use import expert_use, mutual_information_losses
+from dsmoe_megatron.training.metrics import MetricsWriter, progress_line, validation_line
+from dsmoe_megatron.training.validation import validate
+
+
+def pretrain(config: Config, device: torch.device) -> None:
+    """Train until train.steps, from the newest checkpoint of the run folder if there is one.
+
+    Args:
+        config: recipe that check_config accepted.
+        device: that prepare_device chose.
+
+    Raises:
+        DSMoEError: one of the named errors, on every rank.
+    """
+    with process_group(device, config.train.timeout_minutes):
+        run_dir = Path(config.train.run_dir)
+        with raised_on_every_rank():
+            tokenizer = open_data(config)
+            _make_run_dir(run_dir, config)
+        with model_parallel_groups(config.parallel, config.train.seed):
+            run = TrainingRun(config, device, tokenizer, run_dir)
+            run.train()
+
+
+def open_data(config: Config) -> Tokenizer:
+    """Load the tokenizer, check the datasets against it, and settle the vocabulary size in `config`."""
+    if not config.data.train:
+        raise ConfigurationError("data.train", [], "has no dataset: give a list of {prefix, weight}")
+    if config.data.tokenizer is None:
+        raise ConfigurationError("data.tokenizer", None, "must name the tokenizer that the data was made with")
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if config.model.vocab_size not in (None, tokenizer.vocab_size):
+        rule = f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens: set that, or null"
+        raise ConfigurationError("model.vocab_size", config.model.vocab_size, rule)
+    config.model.vocab_size = tokenizer.vocab_size
+    check_config(config, dist.get_world_size())
+    check_datasets([*config.data.train, *config.data.validation], tokenizer)
+    return tokenizer
+
+
+def _make_run_dir(run_dir: Path, config: Config) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{run_dir}: cannot be made ({error.strerror}); set train.run_dir to a folder of yours") from error
+    check_disk_space(run_dir, count_parameters(config.model).total or 0, config)
+
+
+class TrainingRun:
+    """Everything that a run holds: engine, data, progress, metrics.
+
+    Args:
+        config: checked recipe with a known vocabulary size.
+        device: of this rank.
+        tokenizer: of the data.
+        run_dir: exists.
+    """
+
+    def __init__(self, config: Config, device: torch.device, tokenizer: Tokenizer, run_dir: Path) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.engine = MegatronEngine(config, device)
+        self.rank = parallel_state.get_data_parallel_rank()
+        self.ranks = parallel_state.get_data_parallel_world_size()
+        cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else run_dir / "cache"
+        self.train_data, self.validation_data = build_datasets(config, tokenizer, cache_dir)
+        self.progress = self._resume(data_identity(config, tokenizer))
+        self.metrics: MetricsWriter | None = None
+        if dist.get_rank() == 0:
+            save_config(config, run_dir / "config.yaml")
+            self.metrics = MetricsWriter(run_dir, config.logging, self.progress.step)
+            self._say(_introduction(config, self.progress))
+        self.validation_batches: list[list[Batch]] = []
+
+    def _say(self, text: str) -> None:
+        if dist.get_rank() == 0:
+            print(text, flush=True)
+
+    def _resume(self, identity: str) -> Progress:
+        """Load the run's newest checkpoint, else the one that the recipe names, else start anew."""
+        with raised_on_every_rank():
+            folder = find_checkpoint(self.run_dir)
+            if folder is None and self.config.checkpoint.load is not None:
+                folder = find_checkpoint(Path(self.config.checkpoint.load))
+                if folder is None:
+                    raise CheckpointError(f"{self.config.checkpoint.load}: no checkpoint there (checkpoint.load)")
+        if folder is None:
+            return Progress(data_identity=identity)
+        with raised_on_every_rank():
+            progress = load_checkpoint(self.engine, self.config, folder)
+            if progress.data_identity != identity:
+                raise CheckpointError(
+                    f"{folder}: was trained on other data (blend, tokenizer, train.sequence_length or train.seed "
+                    "differ), so the samples it has seen are unknown here; restore them or start in a new train.run_dir"
+                )
+        self._say(f"resumed from {folder}")
+        return progress
+
+    def train(self) -> None:
+        """Take the steps that are left; validate, log and save on the way and at the end."""
+        config, progress = self.config, self.progress
+        if progress.step >= config.train.steps:
+            self._say(f"{self.run_dir} already has {progress.step} of train.steps = {config.train.steps} steps: nothing to do")
+            return
+        batches = global_batches(self.train_data, config, self.rank, self.ranks, progress.consumed_samples)
+        clock = _Clock()
+        for micro_batches in batches:
+            result = self._step(micro_batches)
+            clock.step_done()
+            last = progress.step == config.train.steps
+            if self._is_logged(progress.step):
+                self._log(result, clock.mean_step_time())
+            if self._is_due(config.evaluation.interval, last):
+                self._validate()
+            if self._is_due(config.checkpoint.interval, last):
+                started = time.perf_counter()
+                folder = save_checkpoint(self.engine, config, progress, self.run_dir)
+                self._say(f"saved {folder} in {time.perf_counter() - started:.1f} s")
+            clock.go_on()
+            if last:
+                break
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _is_logged(self, step: int) -> bool:
+        first = self.progress.first is None
+        return first or step % self.config.logging.interval == 0 or step == self.config.train.steps
+
+    def _is_due(self, interval: int, last: bool) -> bool:
+        return last or (interval > 0 and self.progress.step % interval == 0)
+
+    def _step(self, micro_batches: list[Batch]) -> StepResult:
+        config, progress = self.config, self.progress
+        if config.model.hidden_dropout or config.model.attention_dropout:
+            seed_dropout(config.train.seed, progress.step)
+        self._prepare_statistics()
+        result = self.engine.train_step(micro_batches)
+        progress.step += 1
+        progress.consumed_samples += config.train.global_batch_size
+        progress.tokens = progress.consumed_samples * config.train.sequence_length
+        if not (math.isfinite(result.lm_loss) and math.isfinite(result.grad_norm)):
+            error = TrainingError(
+                f"step {progress.step}: lm_loss {result.lm_loss}, gradient norm {result.grad_norm}: not finite; the last "
+                "checkpoint is good. Lower optimizer.lr or look at the batch of this step"
+            )
+            error.on_every_rank = True
+            raise error
+        return result
+
+    def _prepare_statistics(self) -> None:
+        """Expert use is counted in the steps that are logged."""
+        counted = self.config.logging.expert_use and self._is_logged(self.progress.step + 1)
+        for router in self.engine.routers:
+            router.control.statistics.reset()
+            router.control.threshold = self.config.model.expert_threshold if counted else None
+
+    def _log(self, result: StepResult, step_time_s: float) -> None:
+        config, progress = self.config, self.progress
+        mi_losses = mutual_information_losses(self.engine.routers, config)
+        line = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "lm_loss": result.lm_loss,
+            "mi_loss_attention": _mean_of_kind(mi_losses, "attention"),
+            "mi_loss_mlp": _mean_of_kind(mi_losses, "mlp"),
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "step_time_s": step_time_s,
+            "tokens_per_s": config.train.global_batch_size * config.train.sequence_length / step_time_s,
+        }
+        progress.first = progress.first or line
+        progress.last = line
+        use = expert_use(self.engine.routers, config) if config.logging.expert_use else []
+        if self.metrics is not None:
+            self.metrics.training(line)
+            if use:
+                self.metrics.expert_use(progress.step, use)
+        self._say(progress_line(line, config.train.steps))
+
+    def _validate(self) -> None:
+        if self.validation_data is None:
+            return
+        if not self.validation_batches:
+            batches = global_batches(self.validation_data, self.config, self.rank, self.ranks)
+            self.validation_batches = [next(batches) for _ in range(self.config.evaluation.batches)]
+        line: dict[str, Any] = {"step": self.progress.step}
+        line |= validate(self.engine, self.validation_batches, self.config)
+        self.progress.last_validation = line
+        if self.metrics is not None:
+            self.metrics.validation(line)
+        self._say(validation_line(line))
+
+
+class _Clock:
+    """Times steps; what happens between `step_done` and `go_on` (validation, checkpoints) does not count."""
+
+    def __init__(self) -> None:
+        self.seconds, self.steps = 0.0, 0
+        self.go_on()
+
+    def go_on(self) -> None:
+        self.started = time.perf_counter()
+
+    def step_done(self) -> None:
+        self.seconds += time.perf_counter() - self.started
+        self.steps += 1
+
+    def mean_step_time(self) -> float:
+        """Seconds per step since the last call."""
+        mean = self.seconds / self.steps
+        self.seconds, self.steps = 0.0, 0
+        return mean
+
+
+def _mean_of_kind(losses: dict[tuple[int, str], float], kind: str) -> float | None:
+    values = [loss for (_, router_kind), loss in losses.items() if router_kind == kind]
+    return sum(values) / len(values) if values else None
+
+
+def _introduction(config: Config, progress: Progress) -> str:
+    count, parallel = count_parameters(config.model), config.parallel
+    return (
+        f"{count.total_without_embeddings:,} parameters without embeddings, {count.total or 0:,} in all | "
+        f"{dist.get_world_size()} processes: tensor {parallel.tensor}, pipeline {parallel.pipeline}, "
+        f"expert {parallel.expert}, context {parallel.context}, "
+        f"data {parallel_state.get_data_parallel_world_size()} | "
+        f"steps {progress.step + 1} to {config.train.steps} of "
+        f"{config.train.global_batch_size * config.train.sequence_length:,} tokens | {config.train.run_dir}"
+    )
