@@ -148,7 +148,7 @@ def _policy(model: ModelConfig, options: dict[str, Any]) -> ExpertPolicy:
             rule = "a sparse-trained model knows only topk"
             raise ConfigurationError("expert_policy", options["expert_policy"], rule)
         recipe = dataclasses.replace(recipe, expert_policy="topk")
-    policy = dataclasses.replace(recipe, **options)
+    policy = recipe.with_changes(options)
     if policy.expert_policy == "threshold_topk":
         rule = "depends on the batch and is for evaluation only; export dense, topk or threshold"
         raise ConfigurationError("expert_policy", policy.expert_policy, rule)
@@ -177,11 +177,13 @@ def _exported_config(
         "dtype": str(dtype).removeprefix("torch."),
     }
     if target == "llama":
-        llama = LlamaConfig(**shared, intermediate_size=model.intermediate_size)
-        return {**llama.to_dict(), "architectures": ["LlamaForCausalLM"]}
+        values = {**shared, "intermediate_size": model.intermediate_size}
+        return {**LlamaConfig(**values).to_diff_dict(), **values, "architectures": ["LlamaForCausalLM"]}
     own = {key: getattr(model, key) for key in DSMOE_KEYS}
-    dsmoe = DSMoEConfig(**shared, **own, **dataclasses.asdict(policy), norm_topk_prob=False)
-    return {**dsmoe.to_dict(), "architectures": ["DSMoEForCausalLM"], "auto_map": AUTO_MAP}
+    # norm_topk_prob: readers of mixture-of-experts configurations take its absence for true
+    values = {**shared, **own, **dataclasses.asdict(policy), "norm_topk_prob": False}
+    description = {"architectures": ["DSMoEForCausalLM"], "auto_map": AUTO_MAP}
+    return {**DSMoEConfig(**values).to_diff_dict(), **values, **description}
 
 
 def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:

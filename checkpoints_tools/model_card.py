@@ -98,27 +98,13 @@ def _training_rows(config: Config, progress: Progress) -> Iterator[tuple[str, st
 def _validation(line: Mapping[str, Any] | None) -> str:
     if line is None:
         return "The run had no validation."
-    rows = [("Step", f"{line['step']:,}"), ("Loss, all experts active", f"{line['validation_loss']:.4f}")]
-    text = _table(rows)
-    policies = line.get("policies") or []
-    if policies:
-        header = "| Policy | Perplexity | Active share of the parameters without embeddings |\n|---|---|---|"
-        body = "\n".join(
-            f"| {_policy_label(entry)} | {entry['perplexity']:.3f} | {100 * entry['active_share']:.1f} % |"
-            for entry in policies
-        )
-        text = f"{text}\n\n{header}\n{body}"
-    return text
-
-
-def _policy_label(entry: Mapping[str, Any]) -> str:
-    """`topk, num_experts_per_tok 4`: the policy and whatever limits it was measured with."""
-    limits = [
-        f"{key} {value:g}"
-        for key, value in entry.items()
-        if key.endswith(("_per_tok", "_threshold")) and value is not None
-    ]
-    return ", ".join([str(entry.get("expert_policy", entry.get("policy", "?"))), *limits])
+    rows = [("Step", f"{line['step']:,}"), ("Loss", f"{line['validation_loss']:.4f}")]
+    policies = "\n".join(
+        f"| {name} | {figures['perplexity']:.3f} | {100 * figures['active_share']:.1f} % |"
+        for name, figures in line["policies"].items()
+    )
+    header = "| Policy | Perplexity | Active share of the parameters without embeddings |\n|---|---|---|"
+    return f"{_table(rows)}\n\n{header}\n{policies}"
 
 
 def _architecture_rows(model: ModelConfig, export: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -63,7 +63,7 @@ def _dispatch(idle: list[Connection], items: Iterator[Any], limit: int) -> Itera
     finished: dict[int, Any] = {}
     given = yielded = 0
     more = True
-    while more or busy:
+    while True:
         while more and idle and given < yielded + limit:
             try:
                 item = next(items)
@@ -74,6 +74,8 @@ def _dispatch(idle: list[Connection], items: Iterator[Any], limit: int) -> Itera
             _talk(connection.send, item)
             busy[connection] = given
             given += 1
+        if not busy:  # then all that was given has been yielded, so nothing is left to give either
+            return
         ready = wait(list(busy))
         for connection in [connection for connection in busy if connection in ready]:
             result = _talk(connection.recv)

@@ -1,9 +1,19 @@
 """Fixtures that tests of several folders share."""
 
+import shutil
+import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from worker_pool import WorkerPool
+
+from data_tools.preprocess import preprocess
+from data_tools.train_tokenizer import train_tokenizer
+
+TRAIN_MODULES = ("argparse.py", "ast.py", "calendar.py", "copy.py", "csv.py", "datetime.py", "difflib.py", "dis.py")
+VALIDATION_MODULES = ("fractions.py", "ftplib.py", "functools.py", "gettext.py")
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +22,33 @@ def worker_pool() -> Iterator[WorkerPool]:
     pool = WorkerPool(4)
     yield pool
     pool.close()
+
+
+@dataclass(frozen=True)
+class SmallData:
+    """Real code of the standard library, ready to train on.
+
+    Attributes:
+        tokenizer: SPEC of a sentencepiece model of 500 tokens, a number that needs padding.
+        train: dataset prefix.
+        validation: dataset prefix, of other files.
+    """
+
+    tokenizer: str
+    train: str
+    validation: str
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> SmallData:
+    folder = tmp_path_factory.mktemp("small_data")
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for name, modules in (("train", TRAIN_MODULES), ("validation", VALIDATION_MODULES)):
+        (folder / name).mkdir()
+        for module in modules:
+            shutil.copy(library / module, folder / name / module)
+    train_tokenizer([str(folder / "train")], str(folder / "tokenizer"), vocab_size=500)
+    data = SmallData(str(folder / "tokenizer.model"), str(folder / "train_set"), str(folder / "validation_set"))
+    preprocess([str(folder / "train")], data.train, data.tokenizer)
+    preprocess([str(folder / "validation")], data.validation, data.tokenizer)
+    return data

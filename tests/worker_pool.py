@@ -32,7 +32,7 @@ class WorkerPool:
         self.processes = []
         for _ in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process = context.Process(target=_serve, args=(theirs,))
             process.start()
             self.connections.append(ours)
             self.processes.append(process)
@@ -78,8 +78,9 @@ class WorkerPool:
 def _serve(connection: Connection) -> None:
     import torch
 
-    from dsmoe_megatron.runtime.distributed import prepare_device
+    from dsmoe_megatron.runtime.distributed import end_with_parent, prepare_device
 
+    end_with_parent()  # not a daemon, which could not start the processes that write checkpoints
     torch.set_num_threads(1)
     prepare_device()
     while True:

@@ -395,24 +395,21 @@ class DSMoEPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Choose experts by another policy from now on, and in the configuration that `save_pretrained` writes.
 
-        Limits that are not given keep the configuration's values; expert_policy_layers, not given, is dropped.
+        Limits that are not given keep the configuration's values, except that an expert_threshold given alone holds for
+        the attention as well, and that expert_policy_layers is dropped.
 
         Raises:
             ValueError: the policy does not fit the model; it then stays as it was.
         """
-        limits = {
+        limits: dict[str, Any] = {
             "num_experts_per_tok": num_experts_per_tok,
             "attention_experts_per_tok": attention_experts_per_tok,
             "expert_threshold": expert_threshold,
             "attention_expert_threshold": attention_expert_threshold,
         }
-        given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
-        policy = dataclasses.replace(
-            ExpertPolicy.from_config(self.config),
-            expert_policy=expert_policy,
-            expert_policy_layers=expert_policy_layers,
-            **given,
-        )
+        changes = {name: value for name, value in limits.items() if value is not None}
+        changes |= {"expert_policy": expert_policy, "expert_policy_layers": expert_policy_layers}
+        policy = ExpertPolicy.from_config(self.config).with_changes(changes)
         self.config.check_policy(policy)
         for field in dataclasses.fields(policy):
             setattr(self.config, field.name, getattr(policy, field.name))

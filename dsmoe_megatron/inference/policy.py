@@ -56,6 +56,12 @@ class ExpertPolicy:
         values: dict[str, Any] = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(cls)}
         return cls(**values)
 
+    def with_changes(self, changes: Mapping[str, Any]) -> "ExpertPolicy":
+        """This policy with other values; a new expert_threshold, given alone, holds for the attention as well."""
+        if "expert_threshold" in changes:
+            changes = {"attention_expert_threshold": None, **changes}
+        return dataclasses.replace(self, **changes)
+
     def top_k(self, layer_index: int, kind: RouterKind, num_experts: int) -> int:
         """K of a router under `topk`."""
         scalar = self.num_experts_per_tok if kind == "mlp" else self.attention_experts_per_tok

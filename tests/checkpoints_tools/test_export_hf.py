@@ -120,7 +120,10 @@ def make_run(
     contents.all_local_plans = [planner.plan]  # as megatron-core adds it
     (step_folder / ".metadata").write_bytes(pickle.dumps(contents))
     save_config(config, step_folder / "config.yaml")
-    policies = [{"expert_policy": "topk", "num_experts_per_tok": 2, "perplexity": 12.3456, "active_share": 0.512}]
+    policies = {
+        "dense": {"perplexity": 10.44, "active_share": 1.0},
+        "topk": {"perplexity": 12.3456, "active_share": 0.512},
+    }
     validation = {"step": 7, "validation_loss": 2.3456789, "policies": policies}
     progress = {"step": 7, "consumed_samples": 56, "tokens": 1792, "last_validation": validation}
     (step_folder / "progress.json").write_text(json.dumps(progress))
@@ -207,7 +210,13 @@ def test_configuration_tokenizer_and_card_tell_of_the_run(run: Run, tmp_path: Pa
     assert config["norm_topk_prob"] is False
     assert config["eos_token_id"] == tokenizer.eos_token_id == generation["pad_token_id"] == 256
     assert load(tmp_path / "export").dtype == torch.bfloat16
-    for fact in ("| Steps | 7 |", "| Tokens | 1,792 |", "2.3457", "12.346", "51.2 %", "num_experts: 5"):
+    for fact in (
+        "| Steps | 7 |",
+        "| Tokens | 1,792 |",
+        "| Loss | 2.3457 |",
+        "| topk | 12.346 | 51.2 % |",
+        "num_experts: 5",
+    ):
         assert fact in card
 
 

@@ -42,8 +42,9 @@ def test_splits_are_there_of_the_asked_size_and_share_no_document(corpus: Path) 
 def test_code_is_python_and_text_is_prose(corpus: Path) -> None:
     for record in read_records(corpus / "code" / "train.jsonl.zst"):
         ast.parse(record["text"])
-    sources = [record["source"] for record in read_records(corpus / "text" / "train.jsonl.zst")]
-    assert "pydoc_data/topics/if" in sources
+    splits = [read_records(corpus / "text" / f"{split}.jsonl.zst") for split in ("train", "validation")]
+    sources = [record["source"] for records in splits for record in records]
+    assert "pydoc_data/topics/lambda" in sources
     assert any(source.endswith("/description") for source in sources)
 
 

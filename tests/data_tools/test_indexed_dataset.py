@@ -56,6 +56,7 @@ def test_a_dataset_without_documents_is_refused(tmp_path: Path) -> None:
 
 def test_ids_of_another_type_or_count_are_refused(tmp_path: Path) -> None:
     with IndexedDatasetWriter(tmp_path / "data", np.dtype(np.uint16)) as writer:
-        for ids, lengths in [(np.zeros(4, np.int32), [4]), (np.zeros(4, np.uint16), [3])]:
-            with pytest.raises(ValueError):
-                writer.add_documents(ids, np.array(lengths, np.int32))
+        with pytest.raises(ValueError):
+            writer.add_documents(np.zeros(4, np.int32), np.array([4], np.int32))
+        with pytest.raises(ValueError):
+            writer.add_documents(np.zeros(4, np.uint16), np.array([3], np.int32))

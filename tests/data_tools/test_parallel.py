@@ -27,9 +27,19 @@ def die_at_three(item: int) -> int:
     return item
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_order_is_kept(workers: int) -> None:
-    assert list(ordered_map(slow_at_first, range(40), workers)) == [i * i for i in range(40)]
+@pytest.mark.parametrize(("workers", "items"), [(1, 40), (3, 40), (2, 1), (2, 0)])
+def test_order_is_kept(workers: int, items: int) -> None:
+    assert list(ordered_map(slow_at_first, range(items), workers)) == [i * i for i in range(items)]
+
+
+def test_items_that_come_slower_than_the_work_are_all_done() -> None:
+    def items() -> Iterator[int]:
+        for item in range(5):
+            time.sleep(0.05)
+            yield item
+        time.sleep(0.5)  # every worker is idle when the end comes
+
+    assert list(ordered_map(slow_at_first, items(), workers=2)) == [i * i for i in range(5)]
 
 
 def test_only_a_few_items_are_held() -> None:

@@ -34,7 +34,7 @@ def documents_of(prefix: str) -> list[list[int]]:
 
 def expected_documents(texts: list[str], tokenizer_spec: str) -> list[list[int]]:
     tokenizer = load_tokenizer(tokenizer_spec)
-    return [[*tokenizer.encode(text), tokenizer.end_of_document_id] for text in texts]
+    return [[*ids, tokenizer.end_of_document_id] for ids in tokenizer.encode_batch(texts)]
 
 
 def run(
@@ -204,16 +204,16 @@ def test_whole_dataset_is_reused_and_another_is_never_replaced_unasked(
     assert "nothing to do" in capsys.readouterr().out
     assert (tmp_path / "data.v1.bin").stat().st_mtime_ns == written
 
-    with pytest.raises(DataError, match="other options.*--overwrite"):
+    with pytest.raises(DataError, match=r"other options.*--overwrite"):
         run(tmp_path, [source], tokenizer_spec, special_tokens="parse")
     source.write_bytes(jsonl(["two"]))
-    with pytest.raises(DataError, match="other input.*--overwrite"):
+    with pytest.raises(DataError, match=r"other input.*--overwrite"):
         run(tmp_path, [source], tokenizer_spec)
     documents, _ = run(tmp_path, [source], tokenizer_spec, overwrite=True)
     assert documents == expected_documents(["two"], tokenizer_spec)
 
     os.truncate(tmp_path / "data.v1.bin", 2)
-    with pytest.raises(DataError, match="data.v1.bin is not"):
+    with pytest.raises(DataError, match=r"data\.v1\.bin is not"):
         run(tmp_path, [source], tokenizer_spec)
     (tmp_path / "data.v1.manifest.json").unlink()
     with pytest.raises(DataError, match="may be unfinished"):

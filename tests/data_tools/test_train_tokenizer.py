@@ -2,16 +2,16 @@
 
 import json
 import math
+import sysconfig
 from pathlib import Path
 
 import pytest
-from conftest import STANDARD_LIBRARY
 
 from data_tools.train_tokenizer import read_texts, train_tokenizer
 from dsmoe_megatron.errors import DataError, TokenizerError
 from dsmoe_megatron.tokenizers import load_tokenizer
 
-SOURCES = [str(STANDARD_LIBRARY / "json")]
+SOURCES = [str(Path(sysconfig.get_path("stdlib")) / "json")]
 CODE = "def f(x):\n\tif x == 1234:\n        return  '中😀'  # \u00e9\r\n\n\n"
 
 

@@ -138,3 +138,12 @@ def test_the_recipes_model_section_describes_a_policy() -> None:
     policy = ExpertPolicy.from_config(model)
 
     assert policy == ExpertPolicy("topk", num_experts_per_tok=3, expert_threshold=model.expert_threshold)
+
+
+def test_a_new_threshold_given_alone_holds_for_the_attention() -> None:
+    policy = ExpertPolicy("threshold", expert_threshold=0.5, attention_expert_threshold=0.3)
+
+    assert policy.with_changes({"expert_threshold": 0.9}).threshold(0, "attention") == 0.9
+    assert policy.with_changes({"num_experts_per_tok": 2}).threshold(0, "attention") == 0.3
+    both = policy.with_changes({"expert_threshold": 0.9, "attention_expert_threshold": 0.1})
+    assert both.threshold(0, "attention") == 0.1

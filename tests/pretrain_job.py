@@ -1,0 +1,61 @@
+"""A whole training run as a job for the worker pool: data from disk, loop, checkpoints, metrics."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from conftest import SmallData
+from training_jobs import tiny_config
+
+from dsmoe_megatron.config import Config, DataConfig, DatasetSource, EvaluationConfig, PolicyConfig
+
+
+def run_config(data: SmallData, run_dir: Path, **sections: dict[str, Any]) -> Config:
+    """The tiny model on the small data; `sections` change single values (`train={"steps": 4}`)."""
+    config = tiny_config({"vocab_size": None, **sections.pop("model", {})}, sections.pop("parallel", {}))
+    config.data = DataConfig(
+        # two datasets, so that blending is exercised
+        train=[DatasetSource(data.train, 0.7), DatasetSource(data.validation, 0.3)],
+        validation=[DatasetSource(data.validation)],
+        tokenizer=data.tokenizer,
+    )
+    policies = [PolicyConfig("topk", num_experts_per_tok=2), PolicyConfig("threshold", expert_threshold=1.0)]
+    config.evaluation = EvaluationConfig(interval=0, batches=2, policies=policies)
+    config.train.run_dir = str(run_dir)
+    config.train.steps = 6
+    config.logging.interval = 1
+    config.checkpoint.interval = 3
+    for section, values in sections.items():
+        for key, value in values.items():
+            setattr(getattr(config, section), key, value)
+    return config
+
+
+def pretrain_job(config: Config) -> str:
+    """Train; returns what the run printed on this rank."""
+    import torch
+
+    from dsmoe_megatron.runtime.distributed import model_parallel_groups
+    from dsmoe_megatron.training.loop import TrainingRun, open_data
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        tokenizer = open_data(config)
+        run_dir = Path(config.train.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with model_parallel_groups(config.parallel, config.train.seed):
+            TrainingRun(config, torch.device("cpu"), tokenizer, run_dir).train()
+    return printed.getvalue()
+
+
+def read_lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / name).read_text(encoding="utf-8").splitlines()]
+
+
+def training_lines(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """step -> its line, without the figures that depend on the clock."""
+    clock = ("step_time_s", "tokens_per_s")
+    lines = [line for line in read_lines(run_dir) if "lm_loss" in line]
+    return {line["step"]: {key: value for key, value in line.items() if key not in clock} for line in lines}
