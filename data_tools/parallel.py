@@ -4,7 +4,8 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import get_context
+from contextlib import contextmanager
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -42,19 +43,31 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
     context = get_context("spawn")
     idle: list[Connection] = []
     processes = []
-    for _ in range(workers):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, function), daemon=True)
-        process.start()
-        theirs.close()
-        processes.append(process)
-        idle.append(ours)
     try:
+        with _interrupt_blocked():
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, function), daemon=True)
+                process.start()
+                theirs.close()
+                processes.append(process)
+                idle.append(ours)
         yield from _dispatch(idle, iter(items), limit=BUFFERED_PER_WORKER * workers)
     finally:
         for process in processes:
             process.terminate()
             process.join()
+
+
+@contextmanager
+def _interrupt_blocked() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal; workers started here inherit the mask and leave it to the parent."""
+    resource_tracker.ensure_running()  # its start unblocks the signal, so it must not come later
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _dispatch(idle: list[Connection], items: Iterator[Any], limit: int) -> Iterator[Any]:
@@ -97,7 +110,6 @@ def _talk(call: Callable[..., Any], *arguments: Any) -> Any:
 
 def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
     """A worker: answer every item until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent is the one that acts on it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per worker
     while True:
         try:

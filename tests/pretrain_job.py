@@ -50,6 +50,21 @@ def pretrain_job(config: Config) -> str:
     return printed.getvalue()
 
 
+def refused_job(config: Config) -> str:
+    """Try to train; returns the error that this rank raised, as `Name: message`.
+
+    Raises:
+        AssertionError: the run was not refused.
+    """
+    from dsmoe_megatron.errors import DSMoEError
+
+    try:
+        pretrain_job(config)
+    except DSMoEError as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("the run was not refused")
+
+
 def read_lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / name).read_text(encoding="utf-8").splitlines()]
 

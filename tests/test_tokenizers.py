@@ -31,7 +31,7 @@ TEXTS = [
     "tags </s><s> <unk> <pad> <0x0A> <|endoftext|> and </s>",
     "a" * 50 + " " * 50 + "ab" * 50,
 ]
-TRAINING_TEXT = Path(textwrap.__file__).read_text() + Path(random.__file__).read_text()
+TRAINING_TEXT = Path(textwrap.__file__).read_text() + Path(random.__file__).read_text() + "s> /s> x0A>\n" * 300
 EXACT_SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
     "vocab_size": 900,
@@ -81,6 +81,7 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "sentencepiece with symbols": sentencepiece_model(
             folder / "symbols.model", user_defined_symbols=["<mask>", "returnx", "turn", "ab", "bab"]
         ),
+        "sentencepiece across scripts": sentencepiece_model(folder / "across.model", split_by_unicode_script=False),
         "huggingface": byte_level_folder(folder / "byte_level"),
         "huggingface with BOS": byte_level_folder(folder / "byte_level_bos", add_bos=True),
     }
@@ -96,6 +97,7 @@ KINDS = [
     "sentencepiece",
     "sentencepiece with a dummy prefix",
     "sentencepiece with symbols",
+    "sentencepiece across scripts",  # has pieces like "s>", which could be joined to "<s>"
     "huggingface",
     "huggingface with BOS",
 ]

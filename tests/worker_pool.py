@@ -10,10 +10,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-JOB_TIMEOUT_SECONDS = 180
+JOB_TIMEOUT_SECONDS = 120
 
 
 class WorkerPool:
@@ -24,18 +25,11 @@ class WorkerPool:
     """
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
         self.size = size
         self.stores = tempfile.TemporaryDirectory(prefix="worker_pool_")
         self.jobs = 0
         self.connections: list[Connection] = []
-        self.processes = []
-        for _ in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,))
-            process.start()
-            self.connections.append(ours)
-            self.processes.append(process)
+        self.processes: list[SpawnProcess] = []
 
     def run(self, world_size: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Run `job(*arguments)` on every rank of a fresh process group.
@@ -48,34 +42,50 @@ class WorkerPool:
         """
         if world_size > self.size:
             raise ValueError(f"a world of {world_size} in a pool of {self.size}")
+        if not self.processes:
+            self._start()
         self.jobs += 1
         store = str(Path(self.stores.name) / f"job_{self.jobs}")
-        for rank in range(world_size):
-            self.connections[rank].send((rank, world_size, store, job, arguments))
+        for connection in self.connections[:world_size]:
+            connection.send((store, world_size, job, arguments))
         answers = [self._answer(rank) for rank in range(world_size)]
         failures = [f"rank {rank}:\n{text}" for rank, (failed, text) in enumerate(answers) if failed]
         if failures:
+            self._stop()  # what a failed job left in its processes must not reach the next one
             raise RuntimeError("\n".join(failures))
         return [result for _, result in answers]
 
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, theirs))
+            process.start()
+            self.connections.append(ours)
+            self.processes.append(process)
+
     def _answer(self, rank: int) -> tuple[bool, Any]:
         if not self.connections[rank].poll(JOB_TIMEOUT_SECONDS):
-            self.close()
-            return True, f"no answer within {JOB_TIMEOUT_SECONDS} s; the pool was closed"
+            return True, f"no answer within {JOB_TIMEOUT_SECONDS} s"
         try:
             answer: tuple[bool, Any] = self.connections[rank].recv()
         except (EOFError, OSError):
-            return True, f"the worker ended with exit code {self.processes[rank].exitcode}"
+            return True, "the worker ended"
         return answer
 
-    def close(self) -> None:
+    def _stop(self) -> None:
         for process in self.processes:
             process.kill()
             process.join()
+        self.processes.clear()
+        self.connections.clear()
+
+    def close(self) -> None:
+        self._stop()
         self.stores.cleanup()
 
 
-def _serve(connection: Connection) -> None:
+def _serve(rank: int, connection: Connection) -> None:
     import torch
 
     from dsmoe_megatron.runtime.distributed import end_with_parent, prepare_device
@@ -85,7 +95,7 @@ def _serve(connection: Connection) -> None:
     prepare_device()
     while True:
         try:
-            rank, world_size, store, job, arguments = connection.recv()
+            store, world_size, job, arguments = connection.recv()
         except EOFError:
             return
         try:

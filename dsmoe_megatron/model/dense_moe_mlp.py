@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 
-from dsmoe_megatron.model.router import Router, RouterGroups, RouterOptions, scale_blocks
+from dsmoe_megatron.model.router import Router, RouterGroups, RouterOptions, scale_blocks_
 
 
 class DenseMoEMLP(MLP):
@@ -66,8 +66,9 @@ class DenseMoEMLP(MLP):
         """[S, B, H] -> [S, B, H] and no bias; the further arguments of megatron-core's MoELayer have no meaning here."""
         log_scores_SBE = self.router(hidden_states)
         units_SBU, _ = self.linear_fc1(hidden_states)
-        units_SBU = self._activate(units_SBU)
-        output_SBH, _ = self.linear_fc2(scale_blocks(units_SBU, self._block_log_scores(log_scores_SBE)))
+        # in place: the activations' gradients are computed from their inputs
+        units_SBU = scale_blocks_(self._activate(units_SBU), self._block_log_scores(log_scores_SBE))
+        output_SBH, _ = self.linear_fc2(units_SBU)
         return output_SBH, None
 
     def _activate(self, units_SBU: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 RouterKind = Literal["attention", "mlp"]
 # (scores [T, E], layer index from 0, kind) -> mask [T, E], True where the expert is active
@@ -239,30 +240,42 @@ def mutual_information_loss(
 
 
 class _ScaleBlocks(torch.autograd.Function):
-    """y = score * value, block by block. The backward pass needs only y, which the next product keeps anyway.
+    """y = score * value, block by block, without a tensor of the activations' size beyond what the dense layer has.
 
-    d loss / d log score = score * d loss / d score = sum over the block of (d loss / d y) * y, so the unscaled values
-    are not kept: training an MoE layer densely holds no more activations than the dense layer.
+    d loss / d log score = score * d loss / d score = sum over the block of (d loss / d y) * y, so the backward pass
+    needs y, which the next product keeps anyway, and not the unscaled values. It is also the last to need y and
+    overwrites it: a second backward pass through the same graph raises autograd's error of a modified saved tensor.
     """
 
     @staticmethod
-    def forward(ctx: Any, values_SBU: Tensor, log_scores_SBG: Tensor) -> Tensor:
-        values_SBGU = values_SBU.unflatten(-1, (log_scores_SBG.shape[-1], -1))
-        scaled_SBGU = values_SBGU * log_scores_SBG.exp().unsqueeze(-1)
-        scaled_SBU = scaled_SBGU.to(values_SBU.dtype).flatten(-2)
+    def forward(ctx: Any, values_SBU: Tensor, log_scores_SBG: Tensor, in_place: bool) -> Tensor:
+        if in_place:
+            ctx.mark_dirty(values_SBU)
+        scaled_SBU = values_SBU if in_place else torch.empty_like(values_SBU)
+        # `out` rounds once, from float32 scores to the dtype of the values, without a float32 copy of the values
+        torch.mul(_blocks(values_SBU, log_scores_SBG), _gates(log_scores_SBG), out=_blocks(scaled_SBU, log_scores_SBG))
         ctx.save_for_backward(scaled_SBU, log_scores_SBG)
         return scaled_SBU
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+    @once_differentiable
+    def backward(ctx: Any, gradient_SBU: Tensor) -> tuple[Tensor, Tensor, None]:
         scaled_SBU, log_scores_SBG = ctx.saved_tensors
-        blocks = log_scores_SBG.shape[-1]
-        gradient_SBGU = gradients[0].unflatten(-1, (blocks, -1))
-        scaled_SBGU = scaled_SBU.unflatten(-1, (blocks, -1))
-        # vecdot reduces without a product tensor of the activations' size
-        log_score_gradient_SBG = torch.linalg.vecdot(gradient_SBGU.to(log_scores_SBG.dtype), scaled_SBGU.to(log_scores_SBG.dtype))
-        value_gradient_SBGU = gradient_SBGU * log_scores_SBG.exp().unsqueeze(-1)
-        return value_gradient_SBGU.to(scaled_SBU.dtype).flatten(-2), log_score_gradient_SBG
+        gradient_SBGU = _blocks(gradient_SBU, log_scores_SBG)
+        # holds y, then (d loss / d y) * y, then the gradient of the values
+        buffer_SBU = scaled_SBU.detach()
+        buffer_SBGU = _blocks(buffer_SBU, log_scores_SBG).mul_(gradient_SBGU)
+        log_score_gradient_SBG = buffer_SBGU.sum(dim=-1, dtype=log_scores_SBG.dtype)
+        torch.mul(gradient_SBGU, _gates(log_scores_SBG), out=buffer_SBGU)
+        return buffer_SBU, log_score_gradient_SBG, None
+
+
+def _blocks(units_SBU: Tensor, log_scores_SBG: Tensor) -> Tensor:
+    return units_SBU.unflatten(-1, (log_scores_SBG.shape[-1], -1))
+
+
+def _gates(log_scores_SBG: Tensor) -> Tensor:
+    return log_scores_SBG.exp().unsqueeze(-1)
 
 
 def scale_blocks(values_SBU: Tensor, log_scores_SBG: Tensor) -> Tensor:
@@ -275,5 +288,11 @@ def scale_blocks(values_SBU: Tensor, log_scores_SBG: Tensor) -> Tensor:
     Returns:
         [S, B, U] in the dtype of the values.
     """
-    scaled_SBU: Tensor = _ScaleBlocks.apply(values_SBU, log_scores_SBG)
+    scaled_SBU: Tensor = _ScaleBlocks.apply(values_SBU, log_scores_SBG, False)
+    return scaled_SBU
+
+
+def scale_blocks_(values_SBU: Tensor, log_scores_SBG: Tensor) -> Tensor:
+    """`scale_blocks` in the memory of the values, which whatever computed them must not need for its own gradient."""
+    scaled_SBU: Tensor = _ScaleBlocks.apply(values_SBU, log_scores_SBG, True)
     return scaled_SBU

@@ -14,12 +14,16 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dsmoe_megatron.config import Config, ModelConfig
 from dsmoe_megatron.config_parsing import load_config, save_config
 from dsmoe_megatron.errors import CheckpointError, TrainingError
 from dsmoe_megatron.run_folder import LATEST, Progress, read_progress, step_folder_name
 from dsmoe_megatron.training.engines.megatron import MegatronEngine
+
+# what reading and writing shards raise; torch's CheckpointException derives from BaseException
+SHARD_ERRORS = (OSError, RuntimeError, KeyError, EOFError, CheckpointingException, CheckpointException)
 
 # what may differ between a checkpoint's recipe and the one that loads it: nothing that shapes a weight
 FREE_MODEL_KEYS = {
@@ -74,8 +78,8 @@ def save_checkpoint(engine: MegatronEngine, config: Config, progress: Progress, 
     state = engine.sharded_state()
     try:
         dist_checkpointing.save(state, str(unfinished))
-    except (OSError, RuntimeError, CheckpointingException) as error:
-        raise TrainingError(f"cannot save {final}: {_first_line(error)}") from error
+    except SHARD_ERRORS as error:
+        raise TrainingError(f"cannot save {final}: {_cause(error)}") from error
 
     def publish() -> None:
         save_config(config, unfinished / "config.yaml")
@@ -123,9 +127,10 @@ def _on_rank_0(action: Any, complaint: str) -> None:
         raise TrainingError(failure[0])
 
 
-def _first_line(error: BaseException) -> str:
+def _cause(error: BaseException) -> str:
+    """The last line: torch puts the ranks' tracebacks before it."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+    return text.splitlines()[-1].strip()
 
 
 def load_checkpoint(engine: MegatronEngine, config: Config, folder: Path) -> Progress:
@@ -138,8 +143,8 @@ def load_checkpoint(engine: MegatronEngine, config: Config, folder: Path) -> Pro
     state = engine.sharded_state(is_loading=True)
     try:
         loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_ALL)
-    except (OSError, RuntimeError, KeyError, CheckpointingException) as error:
-        raise CheckpointError(f"{folder}: cannot be loaded: {_first_line(error)}") from error
+    except SHARD_ERRORS as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {_cause(error)}") from error
     progress = read_progress(folder)
     engine.load_state(loaded, progress.step)
     return progress

@@ -130,10 +130,12 @@ def test_special_tokens_in_text_end_documents_only_when_parsed(tokenizer_spec: s
 def test_damaged_lines_are_counted_and_shown(
     tokenizer_spec: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    long = "good " * 250_000  # more than a chunk
     lines = [
-        b'{"text": "good"}',
+        jsonl([long]).strip(),
         b"",
         b'{"text": "cut',
+        jsonl([long]).strip(),
         b'{"text": 7}',
         b'{"content": "x"}',
         b"[1]",
@@ -145,13 +147,13 @@ def test_damaged_lines_are_counted_and_shown(
 
     documents, manifest = run(tmp_path, [tmp_path / "in.jsonl"], tokenizer_spec, max_malformed=0.6)
 
-    expected = ["good", "half \N{REPLACEMENT CHARACTER} pair", "caf\N{REPLACEMENT CHARACTER}"]
+    expected = [long, long, "half \N{REPLACEMENT CHARACTER} pair", "caf\N{REPLACEMENT CHARACTER}"]
     assert documents == expected_documents(expected, tokenizer_spec)
     assert manifest["skipped"] == {"malformed": 4, "empty": 1}
     assert manifest["invalid_utf8_replaced"] == 2
     shown = capsys.readouterr().err
-    assert all(f"in.jsonl:{line}: " in shown for line in (3, 4, 5))
-    assert "in.jsonl:6: " not in shown
+    assert all(f"in.jsonl:{line}: " in shown for line in (3, 5, 6))
+    assert "in.jsonl:7: " not in shown
 
 
 @pytest.mark.parametrize("good", [50, 30_000])
@@ -234,7 +236,10 @@ def test_a_run_stopped_in_the_middle_leaves_nothing_that_passes_for_whole(
     while not (unfinished.exists() and unfinished.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.01)
 
-    process.send_signal(sent)
+    if sent == signal.SIGINT:
+        os.killpg(process.pid, sent)  # as a terminal does: to the workers too
+    else:
+        process.send_signal(sent)
     _, printed = process.communicate(timeout=60)  # returns once the workers too have closed the pipe
 
     assert process.returncode == status

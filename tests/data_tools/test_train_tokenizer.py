@@ -4,6 +4,7 @@ import json
 import math
 import sysconfig
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -11,13 +12,16 @@ from data_tools.train_tokenizer import read_texts, train_tokenizer
 from dsmoe_megatron.errors import DataError, TokenizerError
 from dsmoe_megatron.tokenizers import load_tokenizer
 
-SOURCES = [str(Path(sysconfig.get_path("stdlib")) / "json")]
+SOURCES = [str(Path(sysconfig.get_path("stdlib"), "json"))]
+Kind = Literal["sentencepiece", "huggingface"]
 CODE = "def f(x):\n\tif x == 1234:\n        return  '中😀'  # \u00e9\r\n\n\n"
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
-def test_tokenizer_keeps_the_text_splits_digits_and_is_the_same_again(kind: str, tmp_path: Path) -> None:
-    specs = [train_tokenizer(SOURCES, str(tmp_path / name), 600, kind) for name in ("once", "again")]  # type: ignore[arg-type]
+def test_tokenizer_keeps_the_text_splits_digits_and_is_the_same_again(kind: Kind, tmp_path: Path) -> None:
+    (tmp_path / "numbers.jsonl").write_text(json.dumps({"text": "1234 12 34\n" * 3000}))
+    inputs = [*SOURCES, str(tmp_path / "numbers.jsonl")]
+    specs = [train_tokenizer(inputs, str(tmp_path / name), 600, kind) for name in ("once", "again")]
     tokenizer, again = (load_tokenizer(str(spec)) for spec in specs)
 
     assert tokenizer.kind == kind
@@ -37,11 +41,11 @@ def test_model_file_is_the_same_wherever_it_is_made(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
-def test_vocabulary_that_the_input_cannot_fill_is_refused(kind: str, tmp_path: Path) -> None:
+def test_vocabulary_that_the_input_cannot_fill_is_refused(kind: Kind, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text(json.dumps({"text": "a few words only"}) + "\n")
 
     with pytest.raises(TokenizerError, match="5000"):
-        train_tokenizer([str(tmp_path / "in.jsonl")], str(tmp_path / "tokenizer"), 5000, kind)  # type: ignore[arg-type]
+        train_tokenizer([str(tmp_path / "in.jsonl")], str(tmp_path / "tokenizer"), 5000, kind)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from conftest import SmallData
-from pretrain_job import pretrain_job, read_lines, run_config, training_lines
+from pretrain_job import pretrain_job, read_lines, refused_job, run_config, training_lines
 from worker_pool import WorkerPool
 
+from dsmoe_megatron.config import Config
 from dsmoe_megatron.config_parsing import load_config
 
 LINE_KEYS = {
@@ -62,7 +63,7 @@ def test_expert_use_adds_up(whole_run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("world_size", "parallel", "exact"),
-    [(1, {}, True), (2, {}, False), (2, {"tensor": 2, "sequence": True, "expert": 2}, False), (2, {"pipeline": 2}, False)],
+    [(1, {}, True), (2, {}, False), (4, {"tensor": 2, "sequence": True, "expert": 2}, False), (2, {"pipeline": 2}, False)],
     ids=["same layout", "DP2", "TP2+SP+EP2", "PP2"],
 )
 def test_resumes_as_if_uninterrupted(
@@ -178,20 +179,20 @@ def test_bf16_follows_float32(worker_pool: WorkerPool, small_data: SmallData, wh
         assert line["lm_loss"] == pytest.approx(training_lines(whole_run)[step]["lm_loss"], rel=0.01)
 
 
-def refusal(worker_pool: WorkerPool, config: Any, world_size: int = 2) -> str:
-    """The error that every rank raises, as text."""
-    with pytest.raises(RuntimeError) as caught:
-        worker_pool.run(world_size, pretrain_job, config)
-    text = str(caught.value)
-    assert text.count("Error: ") >= world_size
-    return text
+def refusal(worker_pool: WorkerPool, config: Config, world_size: int = 1) -> str:
+    """The error that ends the run, on every rank, as `Name: message`."""
+    texts = worker_pool.run(world_size, refused_job, config)
+    messages = {text.split(": ", 1)[1] for text in texts}
+    assert len(messages) == 1, "ranks say different things"
+    assert "\n" not in texts[0]
+    return str(texts[0])
 
 
 def test_refuses_a_checkpoint_of_another_architecture(
     worker_pool: WorkerPool, small_data: SmallData, whole_run: Path, tmp_path: Path
 ) -> None:
     load = {"load": str(whole_run)}
-    text = refusal(worker_pool, run_config(small_data, tmp_path, model={"num_experts": 12}, checkpoint=load))
+    text = refusal(worker_pool, run_config(small_data, tmp_path, model={"num_experts": 12}, checkpoint=load), 2)
 
     assert "model.num_experts is 6 there and 12 here" in text
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -221,7 +222,7 @@ def test_refuses_a_damaged_checkpoint(
     else:
         (step / "progress.json").unlink()
 
-    assert "CheckpointError: " in refusal(worker_pool, run_config(small_data, tmp_path), world_size=1)
+    assert "CheckpointError: " in refusal(worker_pool, run_config(small_data, tmp_path))
 
 
 def copied(small_data: SmallData, folder: Path) -> SmallData:
@@ -245,7 +246,7 @@ def test_refuses_missing_files(
     data = copied(small_data, tmp_path)
     (tmp_path / name).unlink()
 
-    text = refusal(worker_pool, run_config(data, tmp_path / "run"))
+    text = refusal(worker_pool, run_config(data, tmp_path / "run"), world_size=2)
 
     assert name in text
     assert rule in text
@@ -260,7 +261,7 @@ def test_refuses_truncated_files(
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[:size])
 
-    text = refusal(worker_pool, run_config(data, tmp_path / "run"), world_size=1)
+    text = refusal(worker_pool, run_config(data, tmp_path / "run"))
 
     assert f"DataError: {tmp_path / name}" in text
 
@@ -271,7 +272,7 @@ def test_refuses_another_tokenizer(worker_pool: WorkerPool, small_data: SmallDat
     manifest["tokenizer"]["fingerprint"] = "0" * 64
     (tmp_path / "train.manifest.json").write_text(json.dumps(manifest))
 
-    text = refusal(worker_pool, run_config(data, tmp_path / "run"), world_size=1)
+    text = refusal(worker_pool, run_config(data, tmp_path / "run"))
 
     assert "the data was made with tokenizer" in text
 
@@ -279,7 +280,7 @@ def test_refuses_another_tokenizer(worker_pool: WorkerPool, small_data: SmallDat
 def test_refuses_a_vocabulary_that_is_not_the_tokenizers(
     worker_pool: WorkerPool, small_data: SmallData, tmp_path: Path
 ) -> None:
-    text = refusal(worker_pool, run_config(small_data, tmp_path, model={"vocab_size": 512}), world_size=1)
+    text = refusal(worker_pool, run_config(small_data, tmp_path, model={"vocab_size": 512}))
 
     assert "model.vocab_size = 512: the tokenizer" in text
     assert "has 500 tokens" in text
