@@ -220,7 +220,7 @@ def _load_fast_tokenizer(spec: str) -> Any:
     if Path(spec).is_file():
         raise TokenizerError(f"tokenizer {spec} is a file, but not a .model file: pass the folder that it is in")
     try:
-        source = AutoTokenizer.from_pretrained(spec)
+        source = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)  # and so without a question
     except Exception as error:  # transformers raises many kinds, its Rust half the bare class
         place = "the folder" if Path(spec).is_dir() else "no folder here, and the hub"
         reason = str(error).strip().split("\n")[0]

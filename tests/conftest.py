@@ -3,14 +3,14 @@
 import shutil
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from worker_pool import WorkerPool
 
 from data_tools.preprocess import preprocess
 from data_tools.train_tokenizer import train_tokenizer
+from tests.pretrain_job import SmallData
+from tests.worker_pool import WorkerPool
 
 TRAIN_MODULES = ("argparse.py", "ast.py", "calendar.py", "copy.py", "csv.py", "datetime.py", "difflib.py", "dis.py")
 VALIDATION_MODULES = ("fractions.py", "ftplib.py", "functools.py", "gettext.py")
@@ -22,21 +22,6 @@ def worker_pool() -> Iterator[WorkerPool]:
     pool = WorkerPool(4)
     yield pool
     pool.close()
-
-
-@dataclass(frozen=True)
-class SmallData:
-    """Real code of the standard library, ready to train on.
-
-    Attributes:
-        tokenizer: SPEC of a sentencepiece model of 500 tokens, a number that needs padding.
-        train: dataset prefix.
-        validation: dataset prefix, of other files.
-    """
-
-    tokenizer: str
-    train: str
-    validation: str
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,27 @@
 import contextlib
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conftest import SmallData
-from training_jobs import tiny_config
-
 from dsmoe_megatron.config import Config, DataConfig, DatasetSource, EvaluationConfig, PolicyConfig
+from tests.training_jobs import tiny_config
+
+
+@dataclass(frozen=True)
+class SmallData:
+    """Real code of the standard library, ready to train on.
+
+    Attributes:
+        tokenizer: SPEC of a sentencepiece model of 500 tokens, a number that needs padding.
+        train: dataset prefix.
+        validation: dataset prefix, of other files.
+    """
+
+    tokenizer: str
+    train: str
+    validation: str
 
 
 def run_config(data: SmallData, run_dir: Path, **sections: dict[str, Any]) -> Config:

@@ -35,9 +35,7 @@ class DenseMoEMLP(MLP):
         if split_over_experts:
             linear_config, gate_group = copy.copy(config), expert_group
             linear_config.sequence_parallel = True
-        super().__init__(
-            linear_config, submodules, ffn_hidden_size=linear_config.ffn_hidden_size, tp_group=gate_group
-        )
+        super().__init__(linear_config, submodules, ffn_hidden_size=linear_config.ffn_hidden_size, tp_group=gate_group)
         self.config = config
         # megatron-core then reduces these gradients over the expert-data-parallel group. Set in every layout, since
         # the optimizers that follow from it must be the same ones for a checkpoint to load under another layout
@@ -63,7 +61,7 @@ class DenseMoEMLP(MLP):
         self.router.layer_number = layer_number
 
     def forward(self, hidden_states: Tensor, *unused: Any, **unused_by_name: Any) -> tuple[Tensor, None]:
-        """[S, B, H] -> [S, B, H] and no bias; the further arguments of megatron-core's MoELayer have no meaning here."""
+        """[S, B, H] -> [S, B, H] and no bias; megatron-core's further arguments have no meaning here."""
         log_scores_SBE = self.router(hidden_states)
         units_SBU, _ = self.linear_fc1(hidden_states)
         # in place: the activations' gradients are computed from their inputs

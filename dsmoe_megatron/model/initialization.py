@@ -35,7 +35,9 @@ def initialize_weights(chunks: Sequence[GPTModel], model: ModelConfig, seed: int
         filled = sum(_fill(shard, model, seed) for shard in _shards(chunk))
         expected = sum(parameter.numel() for parameter in chunk.parameters())
         if filled != expected:
-            raise RuntimeError(f"initialised {filled} of {expected} weights: a parameter is missing from the state dict")
+            raise RuntimeError(
+                f"initialised {filled} of {expected} weights: a parameter is missing from the state dict"
+            )
 
 
 def _shards(chunk: GPTModel) -> Iterable[ShardedTensor]:

@@ -139,7 +139,7 @@ class Router(MegatronModule):
         self.tokens_are_split = config.sequence_parallel and groups.tensor.size() > 1
         for parameter in self.parameters():
             # each rank sees its own tokens: megatron-core sums the gradient over the tensor-parallel ranks
-            parameter.sequence_parallel = self.tokens_are_split  # type: ignore[attr-defined]
+            parameter.sequence_parallel = self.tokens_are_split
         self.mi_groups = [groups.tensor] if self.tokens_are_split else []
         if groups.context.size() > 1:
             self.mi_groups.append(groups.context)

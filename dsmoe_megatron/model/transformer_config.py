@@ -34,8 +34,8 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         layernorm_epsilon=model.rms_norm_eps,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
-        # model/initialization.py sets every weight, from the seed alone. megatron-core must still go through the motions
-        # of initialising: without, it does not mark its shards as such, and the gradient norm misses most of them
+        # model/initialization.py sets every weight, from the seed alone. megatron-core must still go through the
+        # motions: without, it does not mark its shards as such, and the gradient norm misses most of them
         init_method=_leave_as_it_is,
         output_layer_init_method=_leave_as_it_is,
         embedding_init_method=_leave_as_it_is,

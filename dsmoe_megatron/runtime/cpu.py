@@ -40,7 +40,9 @@ def answer_cuda_assumptions() -> None:
             f"pip install megatron-core=={SUPPORTED_MEGATRON_CORE}"
         )
     if "megatron.core" in sys.modules:
-        raise EnvironmentNotSupportedError("megatron.core was imported before the CPU answers: prepare the device first")
+        raise EnvironmentNotSupportedError(
+            "megatron.core was imported before the CPU answers: prepare the device first"
+        )
     _answer_device()
     _answer_factories()
     _answer_tensor_methods()
@@ -66,7 +68,7 @@ def _answer_device() -> None:
 
 
 def _answer_factories() -> None:
-    """clip_grads.py, optimizer.py, schedules.py and grad_scaler.py write device="cuda" literally; rope_utils.py pins."""
+    """clip_grads.py, optimizer.py, schedules.py, grad_scaler.py write device="cuda" literally; rope_utils.py pins."""
 
     def on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(factory)
@@ -85,7 +87,7 @@ def _answer_factories() -> None:
 
 def _answer_tensor_methods() -> None:
     # language_module.py and distrib_optimizer.py move tensors with .cuda()
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
     # distrib_optimizer.py, optimizer.py and clip_grads.py compare .type() with "torch.cuda.FloatTensor"
     type_of = torch.Tensor.type
@@ -134,16 +136,18 @@ def _answer_streams() -> None:
     stream = _Stream()
     torch.cuda.Stream = lambda *args, **kwargs: stream  # type: ignore[misc,assignment]
     torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: stream  # type: ignore[assignment,return-value]
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
     torch.cuda.Event = lambda *args, **kwargs: _Event()  # type: ignore[misc,assignment]
-    torch.cuda.nvtx.range_push = lambda message: 0  # type: ignore[assignment]
-    torch.cuda.nvtx.range_pop = lambda: 0  # type: ignore[assignment]
+    torch.cuda.nvtx.range_push = lambda message: 0
+    torch.cuda.nvtx.range_pop = lambda: 0
 
 
 def _answer_random_state() -> None:
     """tensor_parallel/random.py seeds and reads the CUDA generator."""
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
-    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda new_state, device=None: torch.set_rng_state(
+        new_state
+    )
 
     def manual_seed(seed: int) -> None:
         torch.default_generator.manual_seed(seed)
@@ -190,7 +194,7 @@ def _answer_megatron_moe() -> None:
 
 
 def _answer_uneven_collectives() -> None:
-    """tensor_parallel/mappings.py gathers and reduce-scatters unequal shares (experts split over EP and TP); gloo cannot."""
+    """tensor_parallel/mappings.py gathers and scatters unequal shares (experts over EP and TP); gloo cannot."""
     from megatron.core.tensor_parallel import mappings
 
     equal_gather, equal_reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
@@ -205,7 +209,9 @@ def _answer_uneven_collectives() -> None:
         dist.all_gather_into_tensor(gathered, padded, group=group)
         return torch.cat([part[:size] for part, size in zip(gathered.split(max(sizes)), sizes, strict=True)])
 
-    def reduce_scatter(whole: Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Tensor:
+    def reduce_scatter(
+        whole: Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Tensor:
         if input_split_sizes is None or group.size() == 1:
             return equal_reduce_scatter(whole, group, input_split_sizes, use_global_buffer)
         total = whole.contiguous().clone()

@@ -163,11 +163,12 @@ def global_batches(
         consumed_samples: samples that earlier steps took, over all ranks.
     """
     micro, batch = config.train.micro_batch_size, config.train.global_batch_size
-    indices = [
-        range(start, start + micro)
+    # a generator, because the indices of a whole run would fill memory
+    indices = (
+        list(range(start, start + micro))
         for first in range(consumed_samples, len(dataset) - batch + 1, batch)
         for start in range(first + rank * micro, first + batch, micro * ranks)
-    ]
+    )
     loader = DataLoader(
         dataset,
         batch_sampler=indices,

@@ -70,7 +70,9 @@ def _make_run_dir(run_dir: Path, config: Config) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TrainingError(f"{run_dir}: cannot be made ({error.strerror}); set train.run_dir to a folder of yours") from error
+        raise TrainingError(
+            f"{run_dir}: cannot be made ({error.strerror}); set train.run_dir to a folder of yours"
+        ) from error
     check_disk_space(run_dir, count_parameters(config.model).total or 0, config)
 
 
@@ -127,7 +129,9 @@ class TrainingRun:
         """Take the steps that are left; validate, log and save on the way and at the end."""
         config, progress = self.config, self.progress
         if progress.step >= config.train.steps:
-            self._say(f"{self.run_dir} already has {progress.step} of train.steps = {config.train.steps} steps: nothing to do")
+            self._say(
+                f"{self.run_dir} already has {progress.step} of train.steps = {config.train.steps} steps: nothing to do"
+            )
             return
         batches = global_batches(self.train_data, config, self.rank, self.ranks, progress.consumed_samples)
         clock = _Clock()
@@ -167,8 +171,8 @@ class TrainingRun:
         progress.tokens = progress.consumed_samples * config.train.sequence_length
         if not (math.isfinite(result.lm_loss) and math.isfinite(result.grad_norm)):
             error = TrainingError(
-                f"step {progress.step}: lm_loss {result.lm_loss}, gradient norm {result.grad_norm}: not finite; the last "
-                "checkpoint is good. Lower optimizer.lr or look at the batch of this step"
+                f"step {progress.step}: lm_loss {result.lm_loss}, gradient norm {result.grad_norm}: not finite; "
+                "the last checkpoint is good. Lower optimizer.lr or look at the batch of this step"
             )
             error.on_every_rank = True
             raise error

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from reference_model import ReferenceConfig, reference_forward, reference_loss
 from torch import Tensor
-from training_jobs import run_layout, text_batch, tiny_config
-from worker_pool import WorkerPool
 
 from dsmoe_megatron.config import Config
 from dsmoe_megatron.inference.tensor_mapping import TensorMapping
+from tests.reference_model import ReferenceConfig, reference_forward, reference_loss
+from tests.training_jobs import run_layout, text_batch, tiny_config
+from tests.worker_pool import WorkerPool
 
 SWIGLU = {"hidden_act": "silu", "gated_mlp": True}
 MLP_ROUTER = {"router_type": "mlp"}
@@ -52,9 +52,7 @@ def test_logits_losses_and_every_gradient(worker_pool: WorkerPool, name: str) ->
     config = tiny_config(MODELS[name])
     reference = reference_config(config)
     trace = run_layout(worker_pool, config, world_size=1, steps=1)
-    weights = {
-        key: tensor.double().requires_grad_() for key, tensor in exported(config, trace.initial_weights).items()
-    }
+    weights = {key: tensor.double().requires_grad_() for key, tensor in exported(config, trace.initial_weights).items()}
     batch = text_batch(0, config.train.global_batch_size).clamp(max=reference.vocab_size - 1)
     if "padded" in name:
         assert int(text_batch(0, config.train.global_batch_size).max()) < reference.vocab_size

@@ -3,8 +3,9 @@
 from typing import Any
 
 import pytest
-from training_jobs import Trace, run_layout, tiny_config
-from worker_pool import WorkerPool
+
+from tests.training_jobs import Trace, run_layout, tiny_config
+from tests.worker_pool import WorkerPool
 
 DSMOE: dict[str, Any] = {}
 SWIGLU_MLP_ROUTER = {

@@ -85,7 +85,7 @@ class MegatronEngine:
         ]
 
     def _connect_schedule(self) -> None:
-        """Tell megatron-core's schedule, through its configuration, how gradients are scaled, synchronised and ended."""
+        """Tell megatron-core's schedule, through its configuration, how gradients are scaled and synchronised."""
         transformer, chunks = self.transformer, self.chunks
         transformer.finalize_model_grads_func = finalize_model_grads
         transformer.grad_scale_func = self.optimizer.scale_loss
