@@ -2,10 +2,10 @@
 
     python benchmarks/dense_training.py [--repeats 9] [--threads 2] [--json FILE]
 
-Three models of one size take turns in one process: the dense baseline; DS-MoE; and megatron-core's MoELayer with top-k =
-all experts, which computes the same sum through its token dispatcher. Measured are one MLP layer (forward and backward)
-and a whole training step, in time and in live tensor bytes. Seconds depend on the machine and on what else runs there:
-the results are ratios within a repeat, in which the order of the models rotates.
+Three models of one size take turns in one process: the dense baseline; DS-MoE; and megatron-core's MoELayer with top-k
+= all experts, which computes the same sum through its token dispatcher. Measured are one MLP layer (forward and
+backward) and a whole training step, in time and in live tensor bytes. Seconds depend on the machine and on what else
+runs there: the results are ratios within a repeat, in which the order of the models rotates.
 """
 
 import contextlib
@@ -21,13 +21,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import Path_fc, PositiveInt
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from data_tools.indexed_dataset import write_whole
 from dsmoe_megatron.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from dsmoe_megatron.config_parsing import load_config
 from dsmoe_megatron.config_rules import check_config
@@ -50,19 +51,16 @@ class Limit:
 
     model: str
     to: str
-    at_most: float | None = None
-    at_least: float | None = None
-
-    def __str__(self) -> str:
-        return f"at least {self.at_least}" if self.at_most is None else f"at most {self.at_most}"
+    bound: Literal["at most", "at least"]
+    value: float
 
     def verdict(self, ratio: float) -> dict[str, object]:
-        met = (self.at_most is None or ratio <= self.at_most) and (self.at_least is None or ratio >= self.at_least)
-        return {"limit": str(self), "met": met}
+        met = ratio <= self.value if self.bound == "at most" else ratio >= self.value
+        return {"limit": f"{self.bound} {self.value}", "met": met}
 
 
-TIME_LIMITS = (Limit(DSMOE, DENSE, at_most=1.05), Limit(MEGATRON, DSMOE, at_least=3.0))
-MEMORY_LIMIT = Limit(DSMOE, DENSE, at_most=1.15)
+TIME_LIMITS = (Limit(DSMOE, DENSE, "at most", 1.05), Limit(MEGATRON, DSMOE, "at least", 3.0))
+MEMORY_LIMIT = Limit(DSMOE, DENSE, "at most", 1.15)
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def full_cases() -> list[Case]:
 
 
 def tiny_cases() -> list[Case]:
-    """Seconds in all: shows that everything runs and says nothing of speed."""
+    """Seconds in all: shows that everything runs, says nothing of speed."""
     tiny = ModelConfig(hidden_size=64, head_dim=8, vocab_size=128, mi_alpha_attention=1e-3, mi_alpha_mlp=1e-3)
     config = _alone(tiny, samples=2, sequence_length=32)
     return [Case("MLP layer", config, layer_pass), Case("training step", config, training_step)]
@@ -186,10 +184,18 @@ def training_step(config: Config, device: torch.device) -> Run:
     return lambda: engine.train_step(micro_batches)
 
 
-def paired_seconds(runs: dict[str, Run], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Wall time of each run in each repeat [seconds]; who goes first changes from repeat to repeat."""
+@dataclass(frozen=True)
+class Seconds:
+    """One run: by the clock, and of processor time summed over the process's threads."""
+
+    wall: float
+    processor: float
+
+
+def paired_seconds(runs: dict[str, Run], repeats: int, device: torch.device) -> dict[str, list[Seconds]]:
+    """Every run in every repeat; who goes first changes from repeat to repeat."""
     names = list(runs)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[Seconds]] = {name: [] for name in names}
     for _ in range(WARMUPS):
         for run in runs.values():
             run()
@@ -197,12 +203,16 @@ def paired_seconds(runs: dict[str, Run], repeats: int, device: torch.device) -> 
         first = repeat % len(names)
         with _no_garbage_collection():
             for name in names[first:] + names[:first]:
-                _wait_for(device)
-                started = time.perf_counter()
-                runs[name]()
-                _wait_for(device)
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(_timed(runs[name], device))
     return seconds
+
+
+def _timed(run: Run, device: torch.device) -> Seconds:
+    _wait_for(device)
+    wall, processor = time.perf_counter(), time.process_time()
+    run()
+    _wait_for(device)
+    return Seconds(time.perf_counter() - wall, time.process_time() - processor)
 
 
 @contextlib.contextmanager
@@ -279,6 +289,7 @@ def replay(events: Sequence[dict[str, Any]], device: torch.device) -> LiveBytes:
 
 def measure(cases: Sequence[Case], repeats: int, device: torch.device) -> dict[str, Any]:
     """The whole report."""
+    around = surroundings(device)
     with process_group(device, timeout_minutes=5), model_parallel_groups(ParallelConfig(), seed=1234):
         memory = [measure_memory(case, device) for case in cases if case.build is training_step]
         timings = [measure_time(case, repeats, device) for case in cases]
@@ -286,7 +297,7 @@ def measure(cases: Sequence[Case], repeats: int, device: torch.device) -> dict[s
             layer = cases[0].config
             in_bf16 = replace(layer, train=replace(layer.train, precision="bf16"))
             timings.append(measure_time(replace(cases[0], config=in_bf16), repeats, device))
-    return {"surroundings": surroundings(device), "repeats": repeats, "time": timings, "memory": memory}
+    return {"surroundings": around, "repeats": repeats, "time": timings, "memory": memory}
 
 
 def measure_time(case: Case, repeats: int, device: torch.device) -> dict[str, Any]:
@@ -297,14 +308,15 @@ def measure_time(case: Case, repeats: int, device: torch.device) -> dict[str, An
     return {
         "name": case.name,
         "size": case.size,
-        "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "median_seconds": {name: statistics.median(each.wall for each in seconds[name]) for name in runs},
         "ratios": [time_ratio(seconds, limit, judged=case.config.train.precision == "fp32") for limit in TIME_LIMITS],
     }
 
 
-def time_ratio(seconds: dict[str, list[float]], limit: Limit, judged: bool) -> dict[str, Any]:
-    """Of the ratios within each repeat; beside them the fastest run's to the fastest, the least disturbed of all."""
-    ratios = [one / other for one, other in zip(seconds[limit.model], seconds[limit.to], strict=True)]
+def time_ratio(seconds: dict[str, list[Seconds]], limit: Limit, judged: bool) -> dict[str, Any]:
+    """Of the ratios within each repeat; that of processor time shows how much other processes moved the one judged."""
+    pairs = list(zip(seconds[limit.model], seconds[limit.to], strict=True))
+    ratios = [one.wall / other.wall for one, other in pairs]
     median = statistics.median(ratios)
     return {
         "of": limit.model,
@@ -312,7 +324,7 @@ def time_ratio(seconds: dict[str, list[float]], limit: Limit, judged: bool) -> d
         "median": median,
         "min": min(ratios),
         "max": max(ratios),
-        "of_fastest": min(seconds[limit.model]) / min(seconds[limit.to]),
+        "processor_time": statistics.median(one.processor / other.processor for one, other in pairs),
         **(limit.verdict(median) if judged else {}),
     }
 
@@ -352,7 +364,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
         "processor": _processor().get("model name", platform.machine()),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
+        "load_average": os.getloadavg()[0],  # before anything is measured
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in ("torch", "megatron-core")},
     }
@@ -360,41 +372,44 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as tables."""
-    ratio_columns = [f"{limit.model} / {limit.to}" for limit in TIME_LIMITS]
     times = [
         [row["name"], row["size"]]
         + [f"{row['median_seconds'][name] * 1e3:.0f} ms" for name in CONTESTANTS]
-        + [
-            f"{each['median']:.2f} [{each['min']:.2f}, {each['max']:.2f}]; {each['of_fastest']:.2f}{_verdict(each)}"
-            for each in row["ratios"]
-        ]
+        + [_time_ratio_text(ratio) for ratio in row["ratios"]]
         for row in report["time"]
     ]
     kinds = {"before": "before the step", "own_peak": "the step's own peak", "peak": "peak in all"}
     memory = [
         [row["name"], meaning]
         + [f"{row['bytes'][name][kind] / 2**20:.1f} MiB" for name in CONTESTANTS]
-        + [f"{each['ratio']:.2f}{_verdict(each)}" if (each := row["ratios"].get(kind)) else ""]
+        + [f"{ratio['ratio']:.2f}{_verdict(ratio)}" if (ratio := row["ratios"].get(kind)) else ""]
         for row in report["memory"]
         for kind, meaning in kinds.items()
     ]
-    return "\n".join(
-        [
-            ", ".join(f"{name} {value}" for name, value in report["surroundings"].items()),
-            "",
-            f"Time: medians of {report['repeats']} repeats. Ratios within a repeat: median [min, max]; fastest to fastest.",
-            "",
-            *_table(["what", "size", *CONTESTANTS, *ratio_columns], times),
-            "",
-            "Live tensor bytes.",
-            "",
-            *_table(["what", "bytes", *CONTESTANTS, ratio_columns[0]], memory),
-        ]
-    )
+    ratio_columns = [f"{limit.model} / {limit.to}" for limit in TIME_LIMITS]
+    lines = [
+        ", ".join(f"{name} {value}" for name, value in report["surroundings"].items()),
+        "",
+        f"Time: medians of {report['repeats']} repeats; ratios within a repeat, median [min, max] / of processor time.",
+        "",
+        *_table(["what", "size", *CONTESTANTS, *ratio_columns], times),
+        "",
+        "Live tensor bytes:",
+        "",
+        *_table(["what", "bytes", *CONTESTANTS, ratio_columns[0]], memory),
+    ]
+    if not any("bf16" in row["size"] for row in report["time"]):
+        lines += ["", "bf16 was not measured: this processor has no instructions for it."]
+    return "\n".join(lines)
+
+
+def _time_ratio_text(ratio: dict[str, Any]) -> str:
+    spread = f"[{ratio['min']:.2f}, {ratio['max']:.2f}]"
+    return f"{ratio['median']:.2f} {spread} / {ratio['processor_time']:.2f}{_verdict(ratio)}"
 
 
 def _verdict(judged: dict[str, Any]) -> str:
-    return f" ({judged['limit']}: {'met' if judged['met'] else 'MISSED'})" if "met" in judged else ""
+    return f", {judged['limit']}: {'met' if judged['met'] else 'MISSED'}" if "met" in judged else ""
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -406,12 +421,8 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="dense_training.py", description="Speed and memory of dense MoE training")
     parser.add_argument("--repeats", type=PositiveInt, default=9, help="timed runs of each model")
     parser.add_argument("--threads", type=PositiveInt, default=2, help="threads of one operation on the CPU")
-    parser.add_argument(
-        "--json", type=Path_fc | None, default=None, metavar="FILE", help="write the report here as well"
-    )
-    parser.add_argument(
-        "--size", choices=["full", "tiny"], default="full", help="tiny: seconds, to see that everything runs"
-    )
+    parser.add_argument("--json", type=Path_fc, default=None, metavar="FILE", help="write the report here as well")
+    parser.add_argument("--size", choices=["full", "tiny"], default="full", help="tiny: seconds, shows that all runs")
     return parser
 
 
@@ -425,10 +436,7 @@ def main() -> None:
         exit_with(error, "dense_training")
     print(as_markdown(report))
     if arguments.json is not None:
-        target = Path(arguments.json)
-        temporary = target.with_name(f".{target.name}.tmp")
-        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(target)
+        write_whole(Path(arguments.json), (json.dumps(report, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

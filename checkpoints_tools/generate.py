@@ -14,14 +14,18 @@ from jsonargparse import ArgumentParser
 PREFILL_REPEATS = 3
 
 
-def generate(model_folder: str, prompt: str, policies: list[str], max_new_tokens: int) -> list[dict[str, Any]]:
-    """Continue the prompt greedily under each policy.
+def generate(
+    model_folder: str, prompt: str, policies: list[str], max_new_tokens: int, temperature: float, seed: int
+) -> list[dict[str, Any]]:
+    """Continue the prompt under each policy.
 
     Args:
         model_folder: an export.
         prompt: text.
         policies: names; their limits (K, eps) are those of the export's config.json.
         max_new_tokens: tokens to generate, at most.
+        temperature: of sampling; 0 takes the most probable token.
+        seed: of sampling.
 
     Returns:
         Per policy: policy, text, decode_tokens_per_s and prefill_tokens_per_s.
@@ -34,6 +38,7 @@ def generate(model_folder: str, prompt: str, policies: list[str], max_new_tokens
     inputs = tokenizer(prompt, return_tensors="pt")
     length = model.config.max_position_embeddings
     window = inputs.input_ids.repeat(1, length // inputs.input_ids.shape[1] + 1)[:, :length]
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     results = []
     for policy in policies:
         if hasattr(model, "set_policy"):
@@ -45,7 +50,8 @@ def generate(model_folder: str, prompt: str, policies: list[str], max_new_tokens
                 model(window)
             prefill = PREFILL_REPEATS * length / (time.perf_counter() - started)
             started = time.perf_counter()
-            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0]
+            torch.manual_seed(seed)
+            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)[0]
         new_tokens = ids.shape[0] - inputs.input_ids.shape[1]
         results.append(
             {
@@ -64,9 +70,18 @@ def main() -> None:
     parser.add_argument("--prompt", type=str, required=True, help="text to continue")
     parser.add_argument("--policies", type=str, nargs="+", default=["dense", "topk", "threshold"], help="in turn")
     parser.add_argument("--max-new-tokens", type=int, default=40, help="tokens to generate, at most")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")
+    parser.add_argument("--seed", type=int, default=1234, help="of sampling")
     parser.add_argument("--json", action="store_true", help="print one JSON object per policy instead of text")
     arguments = parser.parse_args()
-    results = generate(arguments.model, arguments.prompt, arguments.policies, arguments.max_new_tokens)
+    results = generate(
+        arguments.model,
+        arguments.prompt,
+        arguments.policies,
+        arguments.max_new_tokens,
+        arguments.temperature,
+        arguments.seed,
+    )
     for result in results:
         if arguments.json:
             print(json.dumps(result))

@@ -56,7 +56,8 @@ def train() -> None:
 
 def generate(export: Path) -> list[dict[str, Any]]:
     """Generate in a fresh process, which knows nothing of this package but what lies in the export."""
-    arguments = ["--model", export, "--prompt", PROMPT, "--policies", *POLICIES, "--max-new-tokens", 32, "--json"]
+    sampling = ["--max-new-tokens", 48, "--temperature", 0.7]
+    arguments = ["--model", export, "--prompt", PROMPT, "--policies", *POLICIES, *sampling, "--json"]
     lines = call("checkpoints_tools/generate.py", *arguments, capture=True).splitlines()
     results = [json.loads(line) for line in lines if line.startswith("{")]
     for result in results:

@@ -9,11 +9,16 @@ import pytest
 
 from data_tools.preprocess import preprocess
 from data_tools.train_tokenizer import train_tokenizer
+from dsmoe_megatron.runtime.distributed import prepare_device
 from tests.pretrain_job import SmallData
 from tests.worker_pool import WorkerPool
 
 TRAIN_MODULES = ("argparse.py", "ast.py", "calendar.py", "copy.py", "csv.py", "datetime.py", "difflib.py", "dis.py")
 VALIDATION_MODULES = ("fractions.py", "ftplib.py", "functools.py", "gettext.py")
+
+
+def pytest_configure() -> None:
+    prepare_device()  # before any test module imports megatron.core
 
 
 @pytest.fixture(scope="session")

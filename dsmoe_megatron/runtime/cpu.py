@@ -40,9 +40,7 @@ def answer_cuda_assumptions() -> None:
             f"pip install megatron-core=={SUPPORTED_MEGATRON_CORE}"
         )
     if "megatron.core" in sys.modules:
-        raise EnvironmentNotSupportedError(
-            "megatron.core was imported before the CPU answers: prepare the device first"
-        )
+        raise EnvironmentNotSupportedError("megatron.core was imported first: call prepare_device before it")
     _answer_device()
     _answer_factories()
     _answer_tensor_methods()

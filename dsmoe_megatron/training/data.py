@@ -98,16 +98,22 @@ def _check_manifest(manifest: Path, tokens: Path, index: Path, tokenizer: Tokeni
         )
 
 
-def data_identity(config: Config, tokenizer: Tokenizer) -> str:
+def data_identity(config: Config, tokenizer: Tokenizer, train_data: Any) -> str:
     """A hash of what fixes the order of training samples: blend, tokenizer, sequence length, seed.
 
-    Datasets count by their content, so that they may lie elsewhere after a resume.
+    Datasets count by their content, so that they may lie elsewhere after a resume. The length of the run counts only
+    where a dataset is repeated: megatron-core shuffles all of its epochs together, so that more of them change the
+    order from the beginning.
     """
     blend = []
     for source in config.data.train:
         manifest = json.loads(Path(f"{source.prefix}.manifest.json").read_text(encoding="utf-8"))
         blend.append([manifest["files"]["bin"]["sha256"], source.weight])
-    parts = [blend, tokenizer.fingerprint, config.train.sequence_length, config.train.seed]
+    repeated = [
+        dataset.num_samples if dataset._get_num_epochs(dataset._get_num_tokens_per_epoch()) > 1 else None
+        for dataset in getattr(train_data, "datasets", [train_data])
+    ]
+    parts = [blend, repeated, tokenizer.fingerprint, config.train.sequence_length, config.train.seed]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -93,7 +93,7 @@ class TrainingRun:
         self.ranks = parallel_state.get_data_parallel_world_size()
         cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else run_dir / "cache"
         self.train_data, self.validation_data = build_datasets(config, tokenizer, cache_dir)
-        self.progress = self._resume(data_identity(config, tokenizer))
+        self.progress = self._resume(data_identity(config, tokenizer, self.train_data))
         self.metrics: MetricsWriter | None = None
         if dist.get_rank() == 0:
             save_config(config, run_dir / "config.yaml")
@@ -119,8 +119,9 @@ class TrainingRun:
             progress = load_checkpoint(self.engine, self.config, folder)
             if progress.data_identity != identity:
                 raise CheckpointError(
-                    f"{folder}: was trained on other data (blend, tokenizer, train.sequence_length or train.seed "
-                    "differ), so the samples it has seen are unknown here; restore them or start in a new train.run_dir"
+                    f"{folder}: was trained on other data (blend, tokenizer, train.sequence_length, train.seed or, where "
+                    "a dataset is repeated, train.steps differ), so the samples that it has seen are unknown here; "
+                    "restore them or start in a new train.run_dir"
                 )
         self._say(f"resumed from {folder}")
         return progress

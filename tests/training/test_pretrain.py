@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,29 @@ def test_run_dir_continues_and_takes_later_lines_back(
     assert len(read_lines(run_dir)) == len(read_lines(whole_run))
 
 
+def test_a_run_can_be_made_longer(
+    worker_pool: WorkerPool, small_data: SmallData, whole_run: Path, tmp_path: Path
+) -> None:
+    """The schedule is fixed by decay_steps, and no dataset is repeated, so the samples come in the same order."""
+    worker_pool.run(1, pretrain_job, run_config(small_data, tmp_path, train={"steps": 3}, optimizer={"decay_steps": 6}))
+
+    worker_pool.run(1, pretrain_job, run_config(small_data, tmp_path))
+
+    assert training_lines(tmp_path) == training_lines(whole_run)
+
+
+def test_refuses_to_lengthen_a_run_that_repeats_its_data(
+    worker_pool: WorkerPool, small_data: SmallData, tmp_path: Path
+) -> None:
+    """Three steps of 2048 samples of 32 tokens need the 65,000 tokens of one dataset more than once."""
+    sizes = {"global_batch_size": 2048, "micro_batch_size": 512}
+    short = run_config(small_data, tmp_path, train={"steps": 2, **sizes}, evaluation={"batches": 1})
+    worker_pool.run(1, pretrain_job, short)
+
+    longer = run_config(small_data, tmp_path, train={"steps": 3, **sizes}, evaluation={"batches": 1})
+    assert "where a dataset is repeated, train.steps" in refusal(worker_pool, longer)
+
+
 def test_a_finished_run_does_nothing(worker_pool: WorkerPool, small_data: SmallData, whole_run: Path) -> None:
     before = (whole_run / "metrics.jsonl").read_text()
 
@@ -268,6 +292,14 @@ def test_refuses_truncated_files(
     text = refusal(worker_pool, run_config(data, tmp_path / "run"))
 
     assert f"DataError: {tmp_path / name}" in text
+
+
+def test_refuses_an_empty_dataset(worker_pool: WorkerPool, small_data: SmallData, tmp_path: Path) -> None:
+    data = copied(small_data, tmp_path)
+    header = (tmp_path / "train.idx").read_bytes()[:18]
+    (tmp_path / "train.idx").write_bytes(header + struct.pack("<QQ", 0, 1) + bytes(8))
+
+    assert "train.idx: the dataset is empty" in refusal(worker_pool, run_config(data, tmp_path / "run"))
 
 
 def test_refuses_another_tokenizer(worker_pool: WorkerPool, small_data: SmallData, tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""The CPU answers load only where they are meant to."""
+
+import subprocess
+import sys
+
+import pytest
+
+REFUSAL = """
+from dsmoe_megatron.errors import EnvironmentNotSupportedError
+{setup}
+from dsmoe_megatron.runtime.cpu import answer_cuda_assumptions
+try:
+    answer_cuda_assumptions()
+except EnvironmentNotSupportedError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("setup", "message"),
+    [
+        ("import torch; torch.cuda.is_available = lambda: True", "on a machine with CUDA"),
+        (
+            "import importlib.metadata as m; m.version = lambda name: '0.99.0'",
+            "megatron-core 0.99.0 on a CPU: only 0.16.1",
+        ),
+        ("import megatron.core", "megatron.core was imported first"),
+    ],
+    ids=["with CUDA", "another megatron-core", "too late"],
+)
+def test_refuses_to_load(setup: str, message: str) -> None:
+    program = REFUSAL.format(setup=setup)
+
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert message in answer.stdout
+
+
+def test_nothing_of_it_is_in_model_or_training() -> None:
+    program = (
+        "import dsmoe_megatron.model.router, sys; "
+        "print([name for name in sys.modules if name == 'dsmoe_megatron.runtime.cpu'])"
+    )
+
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert answer.stdout.strip() == "[]"
