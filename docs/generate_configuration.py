@@ -34,7 +34,7 @@ python -m dsmoe_megatron pretrain --config RECIPE [--config RECIPE] [--section.k
 - `config.yaml` in a run folder is the resolved recipe of that run, with every key. It is itself a recipe.
 
 An unknown key, a value of the wrong type or out of range, or a combination that cannot run is one line on standard
-error that names key, value and rule. The process ends with code 2 before anything is started. The rules for
+error that names key, value and rule. The process ends with code 2 before any process group starts. The rules for
 combinations are in [config_rules.py](../dsmoe_megatron/config_rules.py).
 """
 RANGES = (

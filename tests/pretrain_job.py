@@ -26,14 +26,14 @@ class SmallData:
     validation: str
 
 
-def run_config(data: SmallData, run_dir: Path, **sections: dict[str, Any]) -> Config:
+def run_config(small_data: SmallData, run_dir: Path, /, **sections: dict[str, Any]) -> Config:
     """The tiny model on the small data; `sections` change single values (`train={"steps": 4}`)."""
     config = tiny_config({"vocab_size": None, **sections.pop("model", {})}, sections.pop("parallel", {}))
     config.data = DataConfig(
         # two datasets, so that blending is exercised
-        train=[DatasetSource(data.train, 0.7), DatasetSource(data.validation, 0.3)],
-        validation=[DatasetSource(data.validation)],
-        tokenizer=data.tokenizer,
+        train=[DatasetSource(small_data.train, 0.7), DatasetSource(small_data.validation, 0.3)],
+        validation=[DatasetSource(small_data.validation)],
+        tokenizer=small_data.tokenizer,
     )
     policies = [PolicyConfig("topk", num_experts_per_tok=2), PolicyConfig("threshold", expert_threshold=1.0)]
     config.evaluation = EvaluationConfig(interval=0, batches=2, policies=policies)

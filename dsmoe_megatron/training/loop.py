@@ -119,9 +119,9 @@ class TrainingRun:
             progress = load_checkpoint(self.engine, self.config, folder)
             if progress.data_identity != identity:
                 raise CheckpointError(
-                    f"{folder}: was trained on other data (blend, tokenizer, train.sequence_length, train.seed or, where "
-                    "a dataset is repeated, train.steps differ), so the samples that it has seen are unknown here; "
-                    "restore them or start in a new train.run_dir"
+                    f"{folder}: was trained on other data (blend, tokenizer, train.sequence_length, train.seed or, "
+                    "where a dataset is repeated, train.steps differ), so the samples that it has seen are unknown "
+                    "here; restore them or start in a new train.run_dir"
                 )
         self._say(f"resumed from {folder}")
         return progress

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dsmoe_megatron.config import Config
+from dsmoe_megatron.config import Config, DatasetSource
 from dsmoe_megatron.config_parsing import load_config
 from tests.pretrain_job import SmallData, pretrain_job, read_lines, refused_job, run_config, training_lines
 from tests.worker_pool import WorkerPool
@@ -154,13 +154,15 @@ def test_a_run_can_be_made_longer(
 def test_refuses_to_lengthen_a_run_that_repeats_its_data(
     worker_pool: WorkerPool, small_data: SmallData, tmp_path: Path
 ) -> None:
-    """Three steps of 2048 samples of 32 tokens need the 65,000 tokens of one dataset more than once."""
-    sizes = {"global_batch_size": 2048, "micro_batch_size": 512}
-    short = run_config(small_data, tmp_path, train={"steps": 2, **sizes}, evaluation={"batches": 1})
+    """Two steps of 1024 samples of 32 tokens need more than the 65,000 tokens that there are."""
+    data = {"train": [DatasetSource(small_data.validation)]}
+    sizes = {"global_batch_size": 1024, "micro_batch_size": 256}
+    evaluation = {"batches": 1}
+    short = run_config(small_data, tmp_path, data=data, train={"steps": 2, **sizes}, evaluation=evaluation)
     worker_pool.run(1, pretrain_job, short)
 
-    longer = run_config(small_data, tmp_path, train={"steps": 3, **sizes}, evaluation={"batches": 1})
-    assert "where a dataset is repeated, train.steps" in refusal(worker_pool, longer)
+    longer = run_config(small_data, tmp_path, data=data, train={"steps": 3, **sizes}, evaluation=evaluation)
+    assert "a dataset is repeated, train.steps differ" in refusal(worker_pool, longer)
 
 
 def test_a_finished_run_does_nothing(worker_pool: WorkerPool, small_data: SmallData, whole_run: Path) -> None:

@@ -1,0 +1,108 @@
+"""The documentation against the code: links, paths, recipe keys, program options, and the generated page."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from checkpoints_tools import export_hf
+from data_tools import collect_local_corpus, preprocess, train_tokenizer
+from dsmoe_megatron.config_parsing import parse_config
+from dsmoe_megatron.errors import ConfigurationError
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGE_IDS = [path.relative_to(ROOT).as_posix() for path in PAGES]
+FOLDERS = ("launchers", "data_tools", "checkpoints_tools", "dsmoe_megatron", "tests", "docs", "benchmarks")
+PROGRAMS = {
+    "data_tools/collect_local_corpus.py": collect_local_corpus.build_parser(),
+    "data_tools/train_tokenizer.py": train_tokenizer.build_parser(),
+    "data_tools/preprocess.py": preprocess.build_parser(),
+    "checkpoints_tools/export_hf.py": export_hf.build_parser(),
+}
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors that a Markdown page offers."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def commands(text: str) -> list[str]:
+    """Shell commands of the fenced blocks, continued lines joined, recipes in here-documents left out."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
+    blocks = re.sub(r"<<'YAML'\n.*?\nYAML\n", "\n", blocks, flags=re.DOTALL)
+    return blocks.replace("\\\n", " ").splitlines()
+
+
+def test_there_are_pages() -> None:
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/configuration.md"} <= set(PAGE_IDS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)
+def test_relative_links_resolve(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{link} leads nowhere"
+        if anchor:
+            assert anchor in headings(target), f"{link} names no heading of {target.name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)
+def test_named_files_exist(page: Path) -> None:
+    named = re.findall(
+        rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w\.(?:py|sh|yaml|md|svg)", page.read_text("utf-8")
+    )
+    missing = [name for name in named if not (ROOT / name).is_file()]
+    assert not missing
+
+
+def test_the_recipes_of_the_readme_are_those_of_the_folder() -> None:
+    table = re.search(r"## Recipes\n(.*?)\n## ", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    assert table is not None
+    named = {
+        name for row in re.findall(r"^\| (`.*?) \|", table[1], re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
+    assert named == {path.stem for path in (ROOT / "launchers" / "recipes").glob("*.yaml")}
+
+
+def test_the_configuration_page_is_current() -> None:
+    script = ROOT / "docs" / "generate_configuration.py"
+    printed = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True).stdout
+    assert (ROOT / "docs" / "configuration.md").read_text("utf-8") == printed, (
+        "run docs/generate_configuration.py again"
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)
+def test_recipe_keys_are_real(page: Path) -> None:
+    """Both `--section.key` and `section.key` in code; a wrong type is fine here, an unknown key is not."""
+    text = page.read_text("utf-8")
+    sections = "model|parallel|data|optimizer|train|checkpoint|logging|evaluation|engine"
+    options = re.findall(rf"--((?:{sections})\.[\w.]+)", text)
+    in_code = re.findall(rf"`((?:{sections})\.[a-z_]+[\w.]*)(?:: [\w.-]+)?`", text)
+    for key in {*options, *in_code}:
+        try:
+            parse_config([f"--{key}=?"], "docs")
+        except ConfigurationError as error:
+            assert "unknown key" not in error.rule, f"{key}: {error.rule}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)
+def test_program_options_are_real(page: Path) -> None:
+    for command in commands(page.read_text("utf-8")):
+        for program, parser in PROGRAMS.items():
+            if f"python {program} " in command:
+                known = option_names(parser)
+                assert set(re.findall(r"(?<= )--[\w-]+", command)) <= known, command
+
+
+def option_names(parser: ArgumentParser) -> set[str]:
+    return {name for action in parser._actions for name in action.option_strings}
