@@ -24,6 +24,7 @@ ALLOWED_OF_OURS = {
     "dsmoe_megatron.config_parsing": ["dsmoe_megatron.errors", "dsmoe_megatron.config"],
     "dsmoe_megatron.config_rules": ["dsmoe_megatron.errors", "dsmoe_megatron.config"],
     "dsmoe_megatron.run_folder": ["dsmoe_megatron.errors"],
+    "dsmoe_megatron.checkpoint_metadata": ["dsmoe_megatron.errors"],
     "dsmoe_megatron.tokenizers": ["dsmoe_megatron.errors"],
     "dsmoe_megatron.planning": ["dsmoe_megatron.errors", "dsmoe_megatron.config", "dsmoe_megatron.planning"],
     "dsmoe_megatron.runtime": ["dsmoe_megatron.errors", "dsmoe_megatron.config", "dsmoe_megatron.runtime"],
@@ -32,6 +33,7 @@ ALLOWED_OF_OURS = {
     "dsmoe_megatron.training": [
         *("dsmoe_megatron.errors", "dsmoe_megatron.config", "dsmoe_megatron.config_parsing"),
         *("dsmoe_megatron.config_rules", "dsmoe_megatron.run_folder", "dsmoe_megatron.tokenizers"),
+        "dsmoe_megatron.checkpoint_metadata",
         *("dsmoe_megatron.planning", "dsmoe_megatron.runtime", "dsmoe_megatron.model"),
         *("dsmoe_megatron.inference.policy", "dsmoe_megatron.training"),
     ],

@@ -252,30 +252,28 @@ class _ScaleBlocks(torch.autograd.Function):
         if in_place:
             ctx.mark_dirty(values_SBU)
         scaled_SBU = values_SBU if in_place else torch.empty_like(values_SBU)
+        gates_SBG = log_scores_SBG.exp()
         # `out` rounds once, from float32 scores to the dtype of the values, without a float32 copy of the values
-        torch.mul(_blocks(values_SBU, log_scores_SBG), _gates(log_scores_SBG), out=_blocks(scaled_SBU, log_scores_SBG))
-        ctx.save_for_backward(scaled_SBU, log_scores_SBG)
+        torch.mul(_blocks(values_SBU, gates_SBG), gates_SBG.unsqueeze(-1), out=_blocks(scaled_SBU, gates_SBG))
+        ctx.save_for_backward(scaled_SBU, gates_SBG)
         return scaled_SBU
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_SBU: Tensor) -> tuple[Tensor, Tensor, None]:
-        scaled_SBU, log_scores_SBG = ctx.saved_tensors
-        gradient_SBGU = _blocks(gradient_SBU, log_scores_SBG)
+        scaled_SBU, gates_SBG = ctx.saved_tensors
+        gradient_SBGU = _blocks(gradient_SBU, gates_SBG)
         # holds y, then (d loss / d y) * y, then the gradient of the values
         buffer_SBU = scaled_SBU.detach()
-        buffer_SBGU = _blocks(buffer_SBU, log_scores_SBG).mul_(gradient_SBGU)
-        log_score_gradient_SBG = buffer_SBGU.sum(dim=-1, dtype=log_scores_SBG.dtype)
-        torch.mul(gradient_SBGU, _gates(log_scores_SBG), out=buffer_SBGU)
+        buffer_SBGU = _blocks(buffer_SBU, gates_SBG).mul_(gradient_SBGU)
+        log_score_gradient_SBG = buffer_SBGU.sum(dim=-1, dtype=gates_SBG.dtype)
+        torch.mul(gradient_SBGU, gates_SBG.unsqueeze(-1), out=buffer_SBGU)
         return buffer_SBU, log_score_gradient_SBG, None
 
 
-def _blocks(units_SBU: Tensor, log_scores_SBG: Tensor) -> Tensor:
-    return units_SBU.unflatten(-1, (log_scores_SBG.shape[-1], -1))
-
-
-def _gates(log_scores_SBG: Tensor) -> Tensor:
-    return log_scores_SBG.exp().unsqueeze(-1)
+def _blocks(units_SBU: Tensor, gates_SBG: Tensor) -> Tensor:
+    """A view [S, B, G, U / G]."""
+    return units_SBU.unflatten(-1, (gates_SBG.shape[-1], -1))
 
 
 def scale_blocks(values_SBU: Tensor, log_scores_SBG: Tensor) -> Tensor:

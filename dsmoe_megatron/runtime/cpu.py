@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 from dsmoe_megatron.errors import EnvironmentNotSupportedError
 
@@ -79,6 +80,8 @@ def _answer_factories() -> None:
 
         return make
 
+    # `with torch.device(...)` looks its factories up once, by identity: let it find the originals
+    _device_constructors()
     for name in ("tensor", "zeros", "empty", "ones", "full", "arange", "empty_like", "zeros_like"):
         setattr(torch, name, on_cpu(getattr(torch, name)))
 
@@ -103,6 +106,8 @@ def _answer_tensor_methods() -> None:
 class _Event:
     """Stands for torch.cuda.Event where everything is already done when it is recorded."""
 
+    def __init__(self, **options: object) -> None: ...
+
     def record(self, stream: object = None) -> None: ...
 
     def wait(self, stream: object = None) -> None: ...
@@ -119,6 +124,8 @@ class _Event:
 class _Stream:
     """Stands for torch.cuda.Stream where work runs in the order of the program."""
 
+    def __init__(self, **options: object) -> None: ...
+
     def wait_stream(self, stream: object) -> None: ...
 
     def wait_event(self, event: object) -> None: ...
@@ -131,11 +138,11 @@ class _Stream:
 
 def _answer_streams() -> None:
     """param_and_grad_buffer.py, p2p_communication.py, timers.py and the checkpoint writers use streams and events."""
+    # classes, not functions: other libraries name them in annotations
+    torch.cuda.Stream, torch.cuda.Event = _Stream, _Event  # type: ignore[misc,assignment]
     stream = _Stream()
-    torch.cuda.Stream = lambda *args, **kwargs: stream  # type: ignore[misc,assignment]
     torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: stream  # type: ignore[assignment,return-value]
     torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
-    torch.cuda.Event = lambda *args, **kwargs: _Event()  # type: ignore[misc,assignment]
     torch.cuda.nvtx.range_push = lambda message: 0
     torch.cuda.nvtx.range_pop = lambda: 0
 

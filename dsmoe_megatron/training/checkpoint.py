@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
+from dsmoe_megatron.checkpoint_metadata import read_metadata
 from dsmoe_megatron.config import Config, ModelConfig
 from dsmoe_megatron.config_parsing import load_config, save_config
 from dsmoe_megatron.errors import CheckpointError, TrainingError
@@ -140,6 +141,7 @@ def load_checkpoint(engine: MegatronEngine, config: Config, folder: Path) -> Pro
         CheckpointError: another architecture, or tensors that are missing, left over or unreadable.
     """
     check_same_architecture(folder, config.model)
+    read_metadata(folder)  # torch unpickles it without asking: look at it first
     state = engine.sharded_state(is_loading=True)
     try:
         loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_ALL)

@@ -182,9 +182,12 @@ class TrainingRun:
     def _prepare_statistics(self) -> None:
         """Expert use is counted in the steps that are logged."""
         counted = self.config.logging.expert_use and self._is_logged(self.progress.step + 1)
+        thresholds = {"mlp": self.config.model.expert_threshold}
+        own = self.config.model.attention_expert_threshold
+        thresholds["attention"] = thresholds["mlp"] if own is None else own
         for router in self.engine.routers:
             router.control.statistics.reset()
-            router.control.threshold = self.config.model.expert_threshold if counted else None
+            router.control.threshold = thresholds[router.options.kind] if counted else None
 
     def _log(self, result: StepResult, step_time_s: float) -> None:
         config, progress = self.config, self.progress

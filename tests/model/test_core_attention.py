@@ -15,7 +15,7 @@ from dsmoe_megatron.model.core_attention import ScaledDotProductCoreAttention
 def core_attention(attn_mask_type: AttnMaskType = AttnMaskType.causal) -> ScaledDotProductCoreAttention:
     config = SimpleNamespace(attention_dropout=0.0)
     groups = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1))
-    return ScaledDotProductCoreAttention(config, attn_mask_type, pg_collection=groups)  # type: ignore[arg-type]
+    return ScaledDotProductCoreAttention(config, attn_mask_type, pg_collection=groups)
 
 
 def written_out(query_SBND: Tensor, key_SBKD: Tensor, value_SBKD: Tensor) -> Tensor:

@@ -93,7 +93,11 @@ def test_block_gate_keeps_less_than_a_product_would() -> None:
     log_scores_SBG = torch.randn(4, 2, 8).log_softmax(-1).requires_grad_()
     kept: list[Tensor] = []
 
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         gated = scale_blocks(values_SBU, log_scores_SBG)
 
     large = [tensor for tensor in kept if tensor.numel() == values_SBU.numel()]

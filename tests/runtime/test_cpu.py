@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 REFUSAL = """
 from dsmoe_megatron.errors import EnvironmentNotSupportedError
@@ -45,3 +46,11 @@ def test_nothing_of_it_is_in_model_or_training() -> None:
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
     assert answer.stdout.strip() == "[]"
+
+
+def test_leaves_device_contexts_alone() -> None:
+    """Loading a model elsewhere builds it on the meta device; this process has the answers loaded."""
+    with torch.device("meta"):
+        assert torch.empty(1).device.type == "meta"
+        assert torch.zeros(1).device.type == "meta"
+    assert torch.empty(1, device="cuda").device.type == "cpu"

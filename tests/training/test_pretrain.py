@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import shutil
 import struct
 from pathlib import Path
@@ -237,7 +238,17 @@ def test_refuses_other_data_on_resume(
     assert "was trained on other data" in text
 
 
-@pytest.mark.parametrize("damage", ["missing shard", "truncated shard", "no progress"])
+class Touch:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("damage", ["missing shard", "truncated shard", "no progress", "hostile table"])
 def test_refuses_a_damaged_checkpoint(
     worker_pool: WorkerPool, small_data: SmallData, whole_run: Path, tmp_path: Path, damage: str
 ) -> None:
@@ -249,10 +260,13 @@ def test_refuses_a_damaged_checkpoint(
         shard.unlink()
     elif damage == "truncated shard":
         shard.write_bytes(shard.read_bytes()[:1000])
-    else:
+    elif damage == "no progress":
         (step / "progress.json").unlink()
+    else:
+        (step / ".metadata").write_bytes(pickle.dumps(Touch(tmp_path / "run_by_the_pickle")))
 
     assert "CheckpointError: " in refusal(worker_pool, run_config(small_data, tmp_path))
+    assert not (tmp_path / "run_by_the_pickle").exists()
 
 
 def copied(small_data: SmallData, folder: Path) -> SmallData:
