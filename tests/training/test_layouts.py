@@ -36,6 +36,8 @@ CASES: list[tuple[str, dict[str, Any], int, dict[str, Any]]] = [
     ("DS-MoE, TP4 above the key/value heads", DSMOE, 4, {"tensor": 4}),
     ("DS-MoE, interleaved PP2 x DP2 with overlap", DSMOE, 4, {**PIPELINE, "virtual_pipeline": 2, "overlap": True}),
     ("DS-MoE, CP2 x EP2", DSMOE, 2, {"context": 2, **EXPERT}),
+    ("DS-MoE, CP2 x TP2+SP", DSMOE, 4, {"context": 2, **SEQUENCE}),
+    ("DS-MoE, TP2+SP with whole experts (ETP1)", DSMOE, 2, {**SEQUENCE, "expert_tensor": 1}),
     ("SwiGLU, mlp router, tied, TP2", SWIGLU_MLP_ROUTER, 2, TENSOR),
     ("SwiGLU, mlp router, tied, PP2", SWIGLU_MLP_ROUTER, 2, PIPELINE),
     ("SwiGLU, mlp router, tied, DP2 with overlap", SWIGLU_MLP_ROUTER, 2, {"overlap": True}),
@@ -82,6 +84,17 @@ def test_equals_the_single_process(
         difference = float((actual.gradients[key] - gradient).abs().max() / gradient.abs().max())
         assert difference < TOLERANCE, f"gradient of {key} is off by {difference:.1e}"
         assert actual.initial_weights[key].equal(expected.initial_weights[key]), f"{key} starts differently"
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputed_activations_change_nothing(worker_pool: WorkerPool, single_process: Any, recompute: str) -> None:
+    expected: Trace = single_process(DSMOE)
+
+    actual = run_layout(worker_pool, tiny_config(DSMOE, recompute=recompute), 1, STEPS)
+
+    assert actual.lm_losses == pytest.approx(expected.lm_losses, rel=TOLERANCE)
+    assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=TOLERANCE)
+    assert actual.mi_losses[-1] == pytest.approx(expected.mi_losses[-1], rel=TOLERANCE, abs=1e-6)
 
 
 def test_a_run_repeats_bit_for_bit(worker_pool: WorkerPool, single_process: Any) -> None:
