@@ -223,6 +223,8 @@ def _write_tensors(
             # copies: parts of one source share its memory, which safetensors refuses
             tensors |= {name: tensor.to(dtype, copy=True) for name, tensor in exported.items()}
         save_file(tensors, folder / file_name, metadata={"format": "pt"})
+        # safetensors lets nobody but the owner read it; the folder's mode carries the user's umask
+        (folder / file_name).chmod(folder.stat().st_mode & 0o666)
         _sync(folder / file_name)
         weight_map |= dict.fromkeys(tensors, file_name)
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())

@@ -64,7 +64,8 @@ def generate(
     return results
 
 
-def main() -> None:
+def build_parser() -> ArgumentParser:
+    """The command line."""
     parser = ArgumentParser(prog="generate.py", description="Generate text with an exported model")
     parser.add_argument("--model", type=str, required=True, help="folder of the export")
     parser.add_argument("--prompt", type=str, required=True, help="text to continue")
@@ -73,7 +74,11 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")
     parser.add_argument("--seed", type=int, default=1234, help="of sampling")
     parser.add_argument("--json", action="store_true", help="print one JSON object per policy instead of text")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
     results = generate(
         arguments.model,
         arguments.prompt,

@@ -5,14 +5,17 @@ run_folder.py says what lies where.
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -21,6 +24,7 @@ from dsmoe_megatron.config import Config, ModelConfig
 from dsmoe_megatron.config_parsing import load_config, save_config
 from dsmoe_megatron.errors import CheckpointError, TrainingError
 from dsmoe_megatron.run_folder import LATEST, Progress, read_progress, step_folder_name
+from dsmoe_megatron.runtime.distributed import end_with_parent
 from dsmoe_megatron.training.engines.megatron import MegatronEngine
 
 # what reading and writing shards raise; torch's CheckpointException derives from BaseException
@@ -76,6 +80,7 @@ def save_checkpoint(engine: MegatronEngine, config: Config, progress: Progress, 
     final = run_dir / "checkpoints" / step_folder_name(progress.step)
     unfinished = final.with_name(f"{final.name}.unfinished")
     _on_rank_0(lambda: _make_empty(unfinished), f"cannot make {unfinished}")
+    _end_writer_with_this_process()
     state = engine.sharded_state()
     try:
         dist_checkpointing.save(state, str(unfinished))
@@ -93,6 +98,15 @@ def save_checkpoint(engine: MegatronEngine, config: Config, progress: Progress, 
 
     _on_rank_0(publish, f"cannot finish {final}")
     return final
+
+
+def _end_writer_with_this_process() -> None:
+    """Start the process that gathers megatron-core's write results before megatron-core does: its own outlives a
+    killed rank, with hundreds of megabytes."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(initializer=end_with_parent)
+        filesystem_async._results_queue = manager.Queue()
 
 
 def _make_empty(folder: Path) -> None:

@@ -193,6 +193,7 @@ def test_every_tensor_is_written_once_in_small_shards(run: Run, tmp_path: Path) 
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in run.tensors.values())
     # the embedding is larger than a shard and stands alone
     assert all(file.stat().st_size < 25_000 for file in files)
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "export" / "config.json").stat().st_mode}
 
 
 def test_configuration_tokenizer_and_card_tell_of_the_run(run: Run, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from dsmoe_megatron.checkpoint_metadata import read_metadata
 from dsmoe_megatron.config import Config, DatasetSource
 from dsmoe_megatron.config_parsing import load_config
 from tests.pretrain_job import SmallData, pretrain_job, read_lines, refused_job, run_config, training_lines
@@ -336,3 +338,10 @@ def test_refuses_a_vocabulary_that_is_not_the_tokenizers(
 
     assert "model.vocab_size = 512: the tokenizer" in text
     assert "has 500 tokens" in text
+
+
+def test_a_checkpoint_holds_no_objects_to_unpickle(whole_run: Path) -> None:
+    """Tensors are read with weights_only; torch reads other entries of a distributed checkpoint without it."""
+    table = read_metadata(whole_run / "checkpoints" / "step_00000006").state_dict_metadata
+
+    assert [name for name, entry in table.items() if not isinstance(entry, TensorStorageMetadata)] == []

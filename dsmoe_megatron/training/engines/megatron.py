@@ -35,6 +35,8 @@ from dsmoe_megatron.training.optimizer import (
 # one micro-batch: tokens, labels, loss_mask, position_ids, each [B, S]
 Batch = dict[str, Tensor]
 
+EXTRA_STATE = "._extra_state"
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -174,9 +176,16 @@ class MegatronEngine:
         return float(mean) / parallel_state.get_data_parallel_world_size()
 
     def sharded_weights(self) -> dict[str, Any]:
-        """Weights as megatron-core's sharded tensors, one global tensor per parameter, by chunk."""
+        """Weights as megatron-core's sharded tensors, one global tensor per parameter, by chunk.
+
+        The layers' extra states are left out: they are empty without fp8, and torch reads such objects by unpickling.
+        """
         with self._gathered_parameters():
-            return {name: unwrap(chunk).sharded_state_dict() for name, chunk in self._named_chunks()}
+            states = {name: unwrap(chunk).sharded_state_dict() for name, chunk in self._named_chunks()}
+        return {
+            name: {key: value for key, value in state.items() if not key.endswith(EXTRA_STATE)}
+            for name, state in states.items()
+        }
 
     def _named_chunks(self) -> Iterator[tuple[str, MegatronModule]]:
         for index, chunk in enumerate(self.chunks):
@@ -196,7 +205,9 @@ class MegatronEngine:
     def load_state(self, state: dict[str, Any], step: int) -> None:
         """Take over what dist_checkpointing.load made of `sharded_state`, and set the schedule to `step`."""
         for name, chunk in self._named_chunks():
-            unwrap(chunk).load_state_dict(state[name])
+            model = unwrap(chunk)
+            extra_states = {key: None for key in model.state_dict() if key.endswith(EXTRA_STATE)}
+            model.load_state_dict({**state[name], **extra_states})
         with allow_loading_without_fused_adam(self.optimizer):
             self.optimizer.load_state_dict(state["optimizer"])
         own_step_counts(self.optimizer)
