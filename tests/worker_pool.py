@@ -10,11 +10,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 JOB_TIMEOUT_SECONDS = 120
+# megatron-core's DDP sits in a cycle through autograd's C++ nodes that nothing collects, so the groups of a finished
+# job stay alive, each with threads of gloo; a hundred jobs would leave thousands of them
+JOBS_PER_WORKER = 10
 
 
 class WorkerPool:
@@ -28,8 +30,7 @@ class WorkerPool:
         self.size = size
         self.stores = tempfile.TemporaryDirectory(prefix="worker_pool_")
         self.jobs = 0
-        self.connections: list[Connection] = []
-        self.processes: list[SpawnProcess] = []
+        self.workers: list[_Worker] = []
 
     def run(self, world_size: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Run `job(*arguments)` on every rank of a fresh process group.
@@ -42,47 +43,57 @@ class WorkerPool:
         """
         if world_size > self.size:
             raise ValueError(f"a world of {world_size} in a pool of {self.size}")
-        if not self.processes:
-            self._start()
+        if not self.workers:
+            self.workers = [_Worker(rank) for rank in range(self.size)]
         self.jobs += 1
         store = str(Path(self.stores.name) / f"job_{self.jobs}")
-        for connection in self.connections[:world_size]:
-            connection.send((store, world_size, job, arguments))
-        answers = [self._answer(rank) for rank in range(world_size)]
+        for worker in self.workers[:world_size]:
+            worker.connection.send((store, world_size, job, arguments))
+        answers = [worker.answer() for worker in self.workers[:world_size]]
         failures = [f"rank {rank}:\n{text}" for rank, (failed, text) in enumerate(answers) if failed]
         if failures:
             self._stop()  # what a failed job left in its processes must not reach the next one
             raise RuntimeError("\n".join(failures))
+        for rank, worker in enumerate(self.workers):
+            if worker.jobs == JOBS_PER_WORKER:
+                worker.stop()
+                self.workers[rank] = _Worker(rank)
         return [result for _, result in answers]
 
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs))
-            process.start()
-            self.connections.append(ours)
-            self.processes.append(process)
-
-    def _answer(self, rank: int) -> tuple[bool, Any]:
-        if not self.connections[rank].poll(JOB_TIMEOUT_SECONDS):
-            return True, f"no answer within {JOB_TIMEOUT_SECONDS} s"
-        try:
-            answer: tuple[bool, Any] = self.connections[rank].recv()
-        except (EOFError, OSError):
-            return True, "the worker ended"
-        return answer
-
     def _stop(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
-        self.processes.clear()
-        self.connections.clear()
+        for worker in self.workers:
+            worker.stop()
+        self.workers.clear()
 
     def close(self) -> None:
         self._stop()
         self.stores.cleanup()
+
+
+class _Worker:
+    """One process and the pipe to it."""
+
+    def __init__(self, rank: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(rank, theirs))
+        self.process.start()
+        self.jobs = 0
+
+    def answer(self) -> tuple[bool, Any]:
+        """(whether the job failed, its result or the reason)."""
+        self.jobs += 1
+        if not self.connection.poll(JOB_TIMEOUT_SECONDS):
+            return True, f"no answer within {JOB_TIMEOUT_SECONDS} s"
+        try:
+            answer: tuple[bool, Any] = self.connection.recv()
+        except (EOFError, OSError):
+            return True, "the worker ended"
+        return answer
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
 
 
 def _serve(rank: int, connection: Connection) -> None:

@@ -70,9 +70,9 @@ def test_logits_losses_and_every_gradient(worker_pool: WorkerPool, name: str) ->
         (reference_loss(reference, weights, part[:, :-1], part[:, 1:]) / len(parts)).backward()
         part_output = reference_forward(reference, weights, part[:, :-1])
         logits, labels = part_output.logits.flatten(0, 1), part[:, 1:].flatten()
-        lm_loss += float(torch.nn.functional.cross_entropy(logits, labels)) / len(parts)
+        lm_loss += float(torch.nn.functional.cross_entropy(logits, labels).detach()) / len(parts)
         for router, loss in part_output.mi_losses.items():
-            mi_losses[router] = mi_losses.get(router, 0.0) + float(loss) / len(parts)
+            mi_losses[router] = mi_losses.get(router, 0.0) + float(loss.detach()) / len(parts)
     assert trace.lm_losses[0] == pytest.approx(lm_loss, rel=TOLERANCE)
     assert trace.mi_losses[0] == pytest.approx(mi_losses, rel=TOLERANCE)
 
