@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import Path_fc, PositiveInt
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from data_tools.indexed_dataset import write_whole
 from dsmoe_megatron.config import Config, ModelConfig, ParallelConfig, TrainConfig
@@ -39,7 +39,6 @@ from dsmoe_megatron.runtime.distributed import model_parallel_groups, prepare_de
 DENSE, DSMOE, MEGATRON = CONTESTANTS = ("dense", "DS-MoE", "Megatron-Core MoE")
 RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
 WARMUPS = 2
-MEASURED_STEP = "measured step"
 
 Run = Callable[[], object]
 Build = Callable[[Config, torch.device], Run]
@@ -78,11 +77,15 @@ class Case:
     build: Build
 
     @property
+    def is_judged(self) -> bool:
+        return self.config.train.precision == "fp32"
+
+    @property
     def size(self) -> str:
         model, train = self.config.model, self.config.train
         return (
             f"hidden {model.hidden_size}, {model.num_experts} experts of {model.moe_intermediate_size}, "
-            f"{train.global_batch_size * train.sequence_length} tokens, {train.precision}"
+            f"{train.global_batch_size * train.sequence_length} tokens"
         )
 
 
@@ -113,7 +116,7 @@ def full_cases() -> list[Case]:
 def tiny_cases() -> list[Case]:
     """Seconds in all: shows that everything runs, says nothing of speed."""
     tiny = ModelConfig(hidden_size=64, head_dim=8, vocab_size=128, mi_alpha_attention=1e-3, mi_alpha_mlp=1e-3)
-    config = _alone(tiny, samples=2, sequence_length=32)
+    config = _alone(tiny, samples=4, sequence_length=128)
     return [Case("MLP layer", config, layer_pass), Case("training step", config, training_step)]
 
 
@@ -131,10 +134,12 @@ def contestants(config: Config) -> dict[str, Config]:
     plain = replace(
         config.model, attention_type="gqa", num_attention_experts=1, mi_alpha_attention=0.0, mi_alpha_mlp=0.0
     )
+    # with every expert on every token nothing is left to balance
+    all_experts = replace(plain, num_experts_per_tok=plain.num_experts, switch_loss_coefficient=0.0)
     models = {
         DENSE: replace(plain, num_experts=1, moe_intermediate_size=plain.intermediate_size),
         DSMOE: config.model,
-        MEGATRON: replace(plain, expert_training="sparse", num_experts_per_tok=plain.num_experts),
+        MEGATRON: replace(all_experts, expert_training="sparse"),
     }
     configs = {name: replace(config, model=model) for name, model in models.items()}
     for contestant in configs.values():
@@ -144,6 +149,8 @@ def contestants(config: Config) -> dict[str, Config]:
 
 def layer_pass(config: Config, device: torch.device) -> Run:
     """Forward and backward pass of one MLP layer, with the gradients of its weights and its input."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
     from dsmoe_megatron.model.gpt import build_chunks
     from dsmoe_megatron.model.transformer_config import transformer_config
     from dsmoe_megatron.runtime.backends import layer_backend
@@ -155,6 +162,8 @@ def layer_pass(config: Config, device: torch.device) -> Run:
     shape = (config.train.sequence_length, config.train.micro_batch_size, config.model.hidden_size)
     hidden_SBH = torch.randn(shape, device=device, dtype=transformer.params_dtype, requires_grad=True)
     gradient_SBH = torch.randn_like(hidden_SBH)
+    # the schedule's part: the weight of auxiliary losses, in the shape that it will have for the next training step
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=device))
 
     def run() -> None:
         hidden_SBH.grad = None
@@ -232,7 +241,7 @@ def _wait_for(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class LiveBytes:
-    """Bytes of the tensors that are alive, by the allocator's events.
+    """Bytes of the tensors that are alive.
 
     Attributes:
         before: when the step begins: weights, gradient buffers, optimizer state, the batch.
@@ -246,58 +255,64 @@ class LiveBytes:
 
 
 def live_bytes(case: Case, config: Config, device: torch.device) -> LiveBytes:
-    """Watch the allocator from before the model is built until its second step has ended."""
+    """Of a model's second step: the optimizer's state exists from the first one on."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with _no_garbage_collection(), profile(activities=activities, profile_memory=True) as profiler:
-        step = case.build(config, device)
-        step()  # the optimizer's state exists from the first step on
-        gc.collect()
-        with record_function(MEASURED_STEP):
+    gc.collect()
+    of_others = storage_bytes(device)
+    step = case.build(config, device)
+    step()
+    with _no_garbage_collection():
+        before = storage_bytes(device) - of_others
+        with profile(activities=activities, profile_memory=True) as profiler:
             step()
             _wait_for(device)
-        # freed while the profiler looks on: later it would take other tensors at the same addresses for these
-        del step
-        gc.collect()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
-        return replay(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"], device)
+        own_peak = peak_of_allocations(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"], device)
+    return LiveBytes(before, own_peak, before + own_peak)
 
 
-def replay(events: Sequence[dict[str, Any]], device: torch.device) -> LiveBytes:
-    """Sum allocations (positive) and frees (negative) into a running total.
+def storage_bytes(device: torch.device) -> int:
+    """Of all tensors that Python knows, views and their base counted once."""
+    tensors = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor) and each.device == device)
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-    Args:
-        events: of a Chrome trace that began before anything was alive.
-        device: whose memory counts.
-    """
-    (span,) = (event for event in events if event["name"] == MEASURED_STEP and event.get("cat") == "user_annotation")
+
+def peak_of_allocations(events: Sequence[dict[str, Any]], device: torch.device) -> int:
+    """The highest running total of the allocations and frees in a Chrome trace of the profiler."""
     device_type = 1 if device.type == "cuda" else 0  # c10::DeviceType
-    moves = sorted(
-        (event["ts"], event["args"]["Bytes"])
-        for event in events
-        if event["name"] == "[memory]" and event["args"]["Device Type"] == device_type
-    )
-    before = live = sum(size for moment, size in moves if moment < span["ts"])
-    peak = before
-    for moment, size in moves:
-        if span["ts"] <= moment <= span["ts"] + span["dur"]:
-            live += size
-            peak = max(peak, live)
-    return LiveBytes(before, peak - before, peak)
+    moves = (event for event in events if event["name"] == "[memory]" and event["args"]["Device Type"] == device_type)
+    alive: dict[int, int] = {}
+    total = peak = 0
+    for move in sorted(moves, key=lambda move: move["ts"]):
+        address, size = move["args"]["Addr"], move["args"]["Bytes"]
+        # what is freed counts only if it was born here. A block still there at an address that is given out again was
+        # freed unseen: gloo's thread, which the profiler does not watch, was the last to hold it
+        total -= alive.pop(address, 0)
+        if size > 0:
+            alive[address] = size
+            total += size
+        peak = max(peak, total)
+    return peak
 
 
 def measure(cases: Sequence[Case], repeats: int, device: torch.device) -> dict[str, Any]:
     """The whole report."""
     around = surroundings(device)
+    layers, steps = ([case for case in cases if case.build is build] for build in (layer_pass, training_step))
     with process_group(device, timeout_minutes=5), model_parallel_groups(ParallelConfig(), seed=1234):
-        memory = [measure_memory(case, device) for case in cases if case.build is training_step]
-        timings = [measure_time(case, repeats, device) for case in cases]
-        if supports_bf16(device):
-            layer = cases[0].config
-            in_bf16 = replace(layer, train=replace(layer.train, precision="bf16"))
-            timings.append(measure_time(replace(cases[0], config=in_bf16), repeats, device))
+        # bytes in bf16, which real runs train in, are the same where its products are slow
+        memory = [measure_memory(case, device) for case in (*steps, in_bf16(steps[0]))]
+        timed = [*cases, in_bf16(layers[0])] if supports_bf16(device) else cases
+        timings = [measure_time(case, repeats, device) for case in timed]
     return {"surroundings": around, "repeats": repeats, "time": timings, "memory": memory}
+
+
+def in_bf16(case: Case) -> Case:
+    train = replace(case.config.train, precision="bf16")
+    return replace(case, name=f"{case.name}, bf16", config=replace(case.config, train=train))
 
 
 def measure_time(case: Case, repeats: int, device: torch.device) -> dict[str, Any]:
@@ -309,7 +324,7 @@ def measure_time(case: Case, repeats: int, device: torch.device) -> dict[str, An
         "name": case.name,
         "size": case.size,
         "median_seconds": {name: statistics.median(each.wall for each in seconds[name]) for name in runs},
-        "ratios": [time_ratio(seconds, limit, judged=case.config.train.precision == "fp32") for limit in TIME_LIMITS],
+        "ratios": [time_ratio(seconds, limit, case.is_judged) for limit in TIME_LIMITS],
     }
 
 
@@ -334,13 +349,16 @@ def measure_memory(case: Case, device: torch.device) -> dict[str, Any]:
     print(f"memory: {case.name} ({case.size})", file=sys.stderr)
     configs = contestants(case.config)
     live = {name: asdict(live_bytes(case, config, device)) for name, config in configs.items()}
-    ratios = {kind: live[MEMORY_LIMIT.model][kind] / live[MEMORY_LIMIT.to][kind] for kind in ("own_peak", "peak")}
+    ratios = {}
+    for kind in ("own_peak", "peak"):
+        ratio = live[MEMORY_LIMIT.model][kind] / live[MEMORY_LIMIT.to][kind]
+        ratios[kind] = {"ratio": ratio, **(MEMORY_LIMIT.verdict(ratio) if case.is_judged else {})}
     return {
         "name": case.name,
         "size": case.size,
         "parameters": {name: count_parameters(config.model).total for name, config in configs.items()},
         "bytes": live,
-        "ratios": {kind: {"ratio": ratio, **MEMORY_LIMIT.verdict(ratio)} for kind, ratio in ratios.items()},
+        "ratios": ratios,
     }
 
 
@@ -398,8 +416,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         "",
         *_table(["what", "bytes", *CONTESTANTS, ratio_columns[0]], memory),
     ]
-    if not any("bf16" in row["size"] for row in report["time"]):
-        lines += ["", "bf16 was not measured: this processor has no instructions for it."]
+    if not any("bf16" in row["name"] for row in report["time"]):
+        lines += ["", "The layer's time in bf16 was not measured: this processor has no instructions for it."]
     return "\n".join(lines)
 
 
