@@ -1,16 +1,17 @@
 """What training an MoE densely costs, beside the dense model and megatron-core's own MoE layer.
 
-    python benchmarks/dense_training.py [--repeats 9] [--threads 2] [--json FILE]
+    python benchmarks/dense_training.py [--repeats 18] [--threads 2] [--json FILE]
 
 Three models of one size take turns in one process: the dense baseline; DS-MoE; and megatron-core's MoELayer with top-k
 = all experts, which computes the same sum through its token dispatcher. Measured are one MLP layer (forward and
 backward) and a whole training step, in time and in live tensor bytes. Seconds depend on the machine and on what else
-runs there: the results are ratios within a repeat, in which the order of the models rotates.
+runs there: the results are ratios within a repeat; the order of the models changes from repeat to repeat.
 """
 
 import contextlib
 import gc
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -90,7 +91,7 @@ class Case:
 
 
 def full_cases() -> list[Case]:
-    """A narrow layer in the paper's proportions and DS-MoE-1B's own; two models of a few million parameters."""
+    """A narrow layer in the paper's proportions and DS-MoE-1B's own; narrow models and one of half its width."""
     recipe_1b, quickstart = (load_config(RECIPES / name) for name in ("dsmoe_1b.yaml", "quickstart.yaml"))
     # megatron-core's MoELayer has no router of two layers
     layer_1b = replace(recipe_1b.model, router_type="linear", vocab_size=128)
@@ -105,10 +106,14 @@ def full_cases() -> list[Case]:
         head_dim=32,
         vocab_size=2048,
     )
+    half_of_1b = replace(
+        layer_1b, hidden_size=1024, num_hidden_layers=2, moe_intermediate_size=128, head_dim=64, vocab_size=2048
+    )
     return [
         Case("MLP layer", _alone(narrow_layer, samples=1, sequence_length=2048), layer_pass),
         Case("MLP layer of DS-MoE-1B", _alone(layer_1b, samples=1, sequence_length=512), layer_pass),
         Case("training step, 1/8 of DS-MoE-1B", _alone(eighth_of_1b, samples=8, sequence_length=256), training_step),
+        Case("training step, 1/2 of DS-MoE-1B", _alone(half_of_1b, samples=2, sequence_length=512), training_step),
         Case("training step, quickstart", quickstart, training_step),
     ]
 
@@ -202,16 +207,15 @@ class Seconds:
 
 
 def paired_seconds(runs: dict[str, Run], repeats: int, device: torch.device) -> dict[str, list[Seconds]]:
-    """Every run in every repeat; who goes first changes from repeat to repeat."""
-    names = list(runs)
-    seconds: dict[str, list[Seconds]] = {name: [] for name in names}
+    """Every run in every repeat, one order of them after the other: what ran before leaves its mark on the caches."""
+    orders = list(itertools.permutations(runs))
+    seconds: dict[str, list[Seconds]] = {name: [] for name in runs}
     for _ in range(WARMUPS):
         for run in runs.values():
             run()
     for repeat in range(repeats):
-        first = repeat % len(names)
         with _no_garbage_collection():
-            for name in names[first:] + names[:first]:
+            for name in orders[repeat % len(orders)]:
                 seconds[name].append(_timed(runs[name], device))
     return seconds
 
@@ -437,7 +441,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def build_parser() -> ArgumentParser:
     """The command line."""
     parser = ArgumentParser(prog="dense_training.py", description="Speed and memory of dense MoE training")
-    parser.add_argument("--repeats", type=PositiveInt, default=9, help="timed runs of each model")
+    parser.add_argument("--repeats", type=PositiveInt, default=18, help="timed runs of each model")
     parser.add_argument("--threads", type=PositiveInt, default=2, help="threads of one operation on the CPU")
     parser.add_argument("--json", type=Path_fc, default=None, metavar="FILE", help="write the report here as well")
     parser.add_argument("--size", choices=["full", "tiny"], default="full", help="tiny: seconds, shows that all runs")

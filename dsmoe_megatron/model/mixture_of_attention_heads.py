@@ -68,6 +68,5 @@ class MixtureOfAttentionHeads(SelfAttention):
         return query, key, value, log_scores_SBE.narrow(-1, self.first_expert, self.experts_here)
 
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
-        # [S, B, experts] -> one gate per head, heads in the order [key/value head, expert]
-        gate_SBG = gate.unsqueeze(2).expand(-1, -1, self.kv_heads_here, -1).flatten(2)
-        return scale_blocks(x, gate_SBG)
+        # heads are in the order [key/value head, expert]
+        return scale_blocks(x, gate, repeats=self.kv_heads_here)

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -107,10 +107,10 @@ class RouterControl:
 
 
 class _Float32Linear(nn.Linear):
-    """Computes in float32 whatever the dtype of its weight."""
+    """Computes in float32 whatever the dtype of its input and weight, and keeps neither in float32 for the gradient."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input.float(), self.weight.float())
+        return router_gating_linear(input, self.weight, None, torch.float32)
 
 
 class Router(MegatronModule):
@@ -152,7 +152,7 @@ class Router(MegatronModule):
     def logits(self, hidden_SBH: Tensor) -> Tensor:
         """Router logits, float32, [S, B, E]: bf16 would tie experts and blur the probabilities that thresholds read."""
         if self.options.router_type == "linear":
-            return F.linear(hidden_SBH.float(), self.weight.float())
+            return router_gating_linear(hidden_SBH, self.weight, None, torch.float32)
         logits_SBE: Tensor = self.fc2(F.gelu(self.fc1(hidden_SBH)))
         return logits_SBE
 
@@ -214,6 +214,7 @@ def mutual_information_loss(
     The value is computed as -mean KL(score || mean score), which is the same and does not subtract two nearly
     equal entropies. The mean score needs no gradient: the loss is stationary in it (its derivative is the same
     constant for every expert, and the scores sum to one), so no communication is needed in the backward pass.
+    The gradient is exact along scores that sum to one, as those of a softmax do.
 
     Args:
         log_scores_TE: log-probabilities of the tokens of this rank.
@@ -225,18 +226,36 @@ def mutual_information_loss(
     Returns:
         Scalar, float32.
     """
-    scores_TE = log_scores_TE.exp()
     weight_T = log_scores_TE.new_ones(log_scores_TE.shape[0]) if token_mask_T is None else token_mask_T.float()
+    loss: Tensor = _MutualInformation.apply(log_scores_TE, weight_T.to(log_scores_TE.dtype), groups)
+    return loss
 
-    with torch.no_grad():
+
+class _MutualInformation(torch.autograd.Function):
+    """-sum_t w_t KL(score_t || mean score) / sum of w; of the tokens' size only the log-scores are kept.
+
+    With the mean fixed, d loss / d log score_te = -w_t score_te (log score_te - log mean_e + 1) / sum of w. The 1 is
+    left out: scores that sum to one have no part in its direction, and beside it the rest would lose its last digits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_scores_TE: Tensor, weight_T: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
+        scores_TE = log_scores_TE.exp()
         sums = torch.cat([weight_T @ scores_TE, weight_T.sum()[None]])  # [E + 1]: summed scores, token count
         for group in groups:
             dist.all_reduce(sums, group=group)
-        count = sums[-1].clamp(min=1.0)
-        log_mean_E = (sums[:-1] / count).clamp(min=torch.finfo(torch.float32).tiny).log()
+        share_T = weight_T / sums[-1].clamp(min=1.0)
+        log_mean_E = (sums[:-1] / sums[-1].clamp(min=1.0)).clamp(min=torch.finfo(torch.float32).tiny).log()
+        divergence_T = scores_TE.mul_(log_scores_TE - log_mean_E).sum(dim=-1)
+        ctx.save_for_backward(log_scores_TE, log_mean_E, share_T)
+        return -(share_T @ divergence_T)
 
-    divergence_T = (scores_TE * (log_scores_TE - log_mean_E)).sum(dim=-1)
-    return -(weight_T @ divergence_T) / count
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        log_scores_TE, log_mean_E, share_T = ctx.saved_tensors
+        gradient_TE = (log_scores_TE - log_mean_E).mul_(log_scores_TE.exp())
+        return gradient_TE.mul_((-gradient * share_T).unsqueeze(-1)), None, None
 
 
 class _ScaleBlocks(torch.autograd.Function):
@@ -248,49 +267,55 @@ class _ScaleBlocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, values_SBU: Tensor, log_scores_SBG: Tensor, in_place: bool) -> Tensor:
+    def forward(ctx: Any, values_SBU: Tensor, log_scores_SBG: Tensor, repeats: int, in_place: bool) -> Tensor:
         if in_place:
             ctx.mark_dirty(values_SBU)
         scaled_SBU = values_SBU if in_place else torch.empty_like(values_SBU)
-        gates_SBG = log_scores_SBG.exp()
+        gates_SB1G1 = log_scores_SBG.exp()[..., None, :, None]
         # `out` rounds once, from float32 scores to the dtype of the values, without a float32 copy of the values
-        torch.mul(_blocks(values_SBU, gates_SBG), gates_SBG.unsqueeze(-1), out=_blocks(scaled_SBU, gates_SBG))
-        ctx.save_for_backward(scaled_SBU, gates_SBG)
+        torch.mul(
+            _blocks(values_SBU, log_scores_SBG, repeats),
+            gates_SB1G1,
+            out=_blocks(scaled_SBU, log_scores_SBG, repeats),
+        )
+        ctx.save_for_backward(scaled_SBU, log_scores_SBG)
+        ctx.repeats = repeats
         return scaled_SBU
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_SBU: Tensor) -> tuple[Tensor, Tensor, None]:
-        scaled_SBU, gates_SBG = ctx.saved_tensors
-        gradient_SBGU = _blocks(gradient_SBU, gates_SBG)
+    def backward(ctx: Any, gradient_SBU: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        scaled_SBU, log_scores_SBG = ctx.saved_tensors
+        gradient_SBRGU = _blocks(gradient_SBU, log_scores_SBG, ctx.repeats)
         # holds y, then (d loss / d y) * y, then the gradient of the values
         buffer_SBU = scaled_SBU.detach()
-        buffer_SBGU = _blocks(buffer_SBU, gates_SBG).mul_(gradient_SBGU)
-        log_score_gradient_SBG = buffer_SBGU.sum(dim=-1, dtype=gates_SBG.dtype)
-        torch.mul(gradient_SBGU, gates_SBG.unsqueeze(-1), out=buffer_SBGU)
-        return buffer_SBU, log_score_gradient_SBG, None
+        buffer_SBRGU = _blocks(buffer_SBU, log_scores_SBG, ctx.repeats).mul_(gradient_SBRGU)
+        log_score_gradient_SBG = buffer_SBRGU.sum(dim=(-3, -1), dtype=log_scores_SBG.dtype)
+        torch.mul(gradient_SBRGU, log_scores_SBG.exp()[..., None, :, None], out=buffer_SBRGU)
+        return buffer_SBU, log_score_gradient_SBG, None, None
 
 
-def _blocks(units_SBU: Tensor, gates_SBG: Tensor) -> Tensor:
-    """A view [S, B, G, U / G]."""
-    return units_SBU.unflatten(-1, (gates_SBG.shape[-1], -1))
+def _blocks(units_SBU: Tensor, log_scores_SBG: Tensor, repeats: int) -> Tensor:
+    """A view [S, B, R, G, U / (R * G)]."""
+    return units_SBU.unflatten(-1, (repeats, log_scores_SBG.shape[-1], -1))
 
 
-def scale_blocks(values_SBU: Tensor, log_scores_SBG: Tensor) -> Tensor:
-    """Scale G equal blocks of units by their experts' scores (equations 3 and 7).
+def scale_blocks(values_SBU: Tensor, log_scores_SBG: Tensor, repeats: int = 1) -> Tensor:
+    """Scale equal blocks of units by their experts' scores (equations 3 and 7).
 
     Args:
-        values_SBU: U units in G consecutive blocks of U / G.
-        log_scores_SBG: logarithm of each block's score; -inf switches a block off.
+        values_SBU: U units in R * G consecutive blocks of U / (R * G).
+        log_scores_SBG: logarithm of the scores; -inf switches a block off.
+        repeats: R, how often the scores repeat over the blocks: block r * G + g is scaled by score g.
 
     Returns:
         [S, B, U] in the dtype of the values.
     """
-    scaled_SBU: Tensor = _ScaleBlocks.apply(values_SBU, log_scores_SBG, False)
+    scaled_SBU: Tensor = _ScaleBlocks.apply(values_SBU, log_scores_SBG, repeats, False)
     return scaled_SBU
 
 
-def scale_blocks_(values_SBU: Tensor, log_scores_SBG: Tensor) -> Tensor:
+def scale_blocks_(values_SBU: Tensor, log_scores_SBG: Tensor, repeats: int = 1) -> Tensor:
     """`scale_blocks` in the memory of the values, which whatever computed them must not need for its own gradient."""
-    scaled_SBU: Tensor = _ScaleBlocks.apply(values_SBU, log_scores_SBG, True)
+    scaled_SBU: Tensor = _ScaleBlocks.apply(values_SBU, log_scores_SBG, repeats, True)
     return scaled_SBU
