@@ -125,6 +125,10 @@ class ParallelConfig:
     """Pipeline-parallel size."""
     virtual_pipeline: int = 1
     """Model chunks per pipeline rank (interleaved schedule)."""
+    first_stage_layers: int | None = None
+    """Transformer layers of the first pipeline rank, which also holds the embedding; null shares evenly."""
+    last_stage_layers: int | None = None
+    """Transformer layers of the last pipeline rank, which also computes logits and loss; null shares evenly."""
     expert: int = 1
     """Expert-parallel size: the MLP's hidden units are split over expert x expert_tensor ranks."""
     expert_tensor: int | None = None
@@ -133,6 +137,25 @@ class ParallelConfig:
     """Context-parallel size: the sequence is split over ranks, keys and values are gathered."""
     overlap: bool = False
     """Overlap the gradient reduction and the parameter gather with computation."""
+
+    def layers_per_stage(self, num_layers: int) -> list[int]:
+        """Transformer layers of each pipeline rank.
+
+        Raises:
+            ValueError: what the outer ranks leave cannot be shared evenly by the others.
+        """
+        first, last = self.first_stage_layers, self.last_stage_layers
+        sharing = self.pipeline - (first is not None) - (last is not None)
+        left = num_layers - (first or 0) - (last or 0)
+        each, rest = divmod(left, sharing) if sharing > 0 else (0, left)
+        stages = [each] * self.pipeline
+        if first is not None:
+            stages[0] = first
+        if last is not None:
+            stages[-1] = last
+        if rest or min(stages) < 1 or (first is not None and last is not None and self.pipeline == 1):
+            raise ValueError(f"{num_layers} layers cannot be shared by {self.pipeline} pipeline ranks as {stages}")
+        return stages
 
 
 @dataclass
@@ -155,6 +178,8 @@ class DataConfig:
     """Validation blend; empty switches validation off."""
     tokenizer: str | None = None
     """Tokenizer SPEC: a sentencepiece .model file, or a HF tokenizer folder or name."""
+    separate_documents: bool = False
+    """Attention sees only tokens of its own document, as if each document of a sample were a sample of its own."""
     cache_dir: str | None = None
     """Folder of the sample indices; null keeps them in the run folder."""
     num_workers: int = 0

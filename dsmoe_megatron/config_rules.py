@@ -26,6 +26,8 @@ AT_LEAST_ONE = (
     "parallel.tensor",
     "parallel.pipeline",
     "parallel.virtual_pipeline",
+    "parallel.first_stage_layers",
+    "parallel.last_stage_layers",
     "parallel.expert",
     "parallel.expert_tensor",
     "parallel.context",
@@ -277,9 +279,21 @@ def _check_pipeline(config: Config) -> None:
     parallel = config.parallel
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         _refuse(config, "parallel.virtual_pipeline", "needs parallel.pipeline > 1; set it to 1")
-    stages = parallel.pipeline * parallel.virtual_pipeline
-    if config.model.num_hidden_layers % stages:
-        _refuse(config, "model.num_hidden_layers", f"must be divisible by pipeline x virtual_pipeline = {stages}")
+    layers, chunks = config.model.num_hidden_layers, parallel.virtual_pipeline
+    uneven = [name for name in ("first_stage_layers", "last_stage_layers") if getattr(parallel, name) is not None]
+    if not uneven and layers % (parallel.pipeline * chunks):
+        rule = f"must be divisible by pipeline x virtual_pipeline = {parallel.pipeline * chunks}"
+        _refuse(config, "model.num_hidden_layers", rule)
+    if uneven and parallel.pipeline == 1:
+        _refuse(config, f"parallel.{uneven[0]}", "needs parallel.pipeline > 1; leave it null")
+    try:
+        stages = parallel.layers_per_stage(layers)
+    except ValueError:
+        rule = f"the other pipeline ranks must be able to share the rest of the {layers} layers evenly"
+        _refuse(config, f"parallel.{uneven[-1]}", rule)
+    if uneven and any(stage % chunks for stage in stages):
+        rule = f"gives the pipeline ranks {stages} layers, which must be divisible by virtual_pipeline = {chunks}"
+        _refuse(config, f"parallel.{uneven[-1]}", rule)
 
 
 def _check_batch(config: Config, data_parallel: int) -> None:

@@ -23,8 +23,8 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def worker_pool() -> Iterator[WorkerPool]:
-    """Four processes for distributed tests, started once."""
-    pool = WorkerPool(4)
+    """Runs distributed jobs; what they load is loaded once."""
+    pool = WorkerPool()
     yield pool
     pool.close()
 

@@ -49,6 +49,10 @@ def recipe(changes: dict[str, Any]) -> Config:
         (4, {"parallel.context": 2, "parallel.expert": 4}),  # expert groups may run across context ranks
         (2, {"parallel.pipeline": 2}),
         (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
+        (3, {"parallel.pipeline": 3, "parallel.first_stage_layers": 1, "parallel.last_stage_layers": 2}),
+        (2, {"parallel.pipeline": 2, "parallel.last_stage_layers": 1}),
+        (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "parallel.first_stage_layers": 2}
+            | {"model.num_hidden_layers": 6}),
         (4, {"model.num_experts": 6, "parallel.expert": 4}),  # 6 x 128 units over 4 ranks: experts are cut
         (3, {"parallel.tensor": 3, "model.num_key_value_heads": 3, "model.num_attention_heads": 12}
             | {"model.num_experts": 6, "model.vocab_size": 300}),  # 384 rows
@@ -139,6 +143,13 @@ def test_a_single_value_that_cannot_be_is_refused(key: str, value: float, rule: 
         (2, {"parallel.context": 2, "train.sequence_length": 254}, "train.sequence_length", "2 x context = 4"),
         (3, {"parallel.pipeline": 3}, "model.num_hidden_layers", "pipeline x virtual_pipeline = 3"),
         (1, {"parallel.virtual_pipeline": 2}, "parallel.virtual_pipeline", "needs parallel.pipeline > 1"),
+        (1, {"parallel.first_stage_layers": 2}, "parallel.first_stage_layers", "needs parallel.pipeline > 1"),
+        (2, {"parallel.pipeline": 2, "parallel.last_stage_layers": 4}, "parallel.last_stage_layers", "the 4 layers"),
+        (2, {"parallel.pipeline": 2, "parallel.first_stage_layers": 1, "parallel.last_stage_layers": 2},
+            "parallel.last_stage_layers", "share the rest"),
+        (3, {"parallel.pipeline": 3, "parallel.first_stage_layers": 1}, "parallel.first_stage_layers", "evenly"),
+        (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "parallel.first_stage_layers": 1},
+            "parallel.first_stage_layers", "divisible by virtual_pipeline = 2"),
         (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 4}, "model.num_hidden_layers", "= 8"),
         (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "train.global_batch_size": 3},
             "train.global_batch_size", "3 micro-batches per replica"),

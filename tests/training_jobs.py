@@ -9,17 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsmoe_megatron.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from dsmoe_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 
 SEQUENCE_LENGTH = 32
 BYTES = 256
+END_OF_DOCUMENT = ord(" ")
 
 
-def tiny_config(model: dict[str, Any] | None = None, parallel: dict[str, Any] | None = None, **train: Any) -> Config:
+def tiny_config(
+    model: dict[str, Any] | None = None,
+    parallel: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    **train: Any,
+) -> Config:
     """A model of some 150,000 parameters over bytes, with mutual-information losses large enough to be seen.
 
     Args:
-        model, parallel, train: values that differ from the tiny model's; alphas of routers that are not there become 0.
+        model, parallel, data, train: values that differ from the tiny model's; alphas of absent routers become 0.
     """
     model_section: dict[str, Any] = {
         "hidden_size": 64,
@@ -51,7 +57,8 @@ def tiny_config(model: dict[str, Any] | None = None, parallel: dict[str, Any] | 
     return Config(
         model=ModelConfig(**model_section),
         parallel=ParallelConfig(**(parallel or {})),
-        optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1, clip_grad=1.0),
+        data=DataConfig(**(data or {})),
+        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1, clip_grad=1.0),
         train=TrainConfig(**train_section),
     )
 
@@ -62,6 +69,13 @@ def text_batch(step: int, samples: int) -> Tensor:
     data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).long()
     size = SEQUENCE_LENGTH + 1
     return data[step * samples * size : (step + 1) * samples * size].view(samples, size)
+
+
+def positions_in_documents(tokens_S: Tensor) -> Tensor:
+    """Each word is a document; the space after it belongs to it."""
+    begins = torch.cat([torch.tensor([True]), tokens_S[:-1] == END_OF_DOCUMENT])
+    places = torch.arange(len(tokens_S))
+    return places - torch.where(begins, places, 0).cummax(0).values
 
 
 def micro_batches(config: Config, step: int, rank: int, ranks: int) -> list[dict[str, Tensor]]:
@@ -76,13 +90,11 @@ def micro_batches(config: Config, step: int, rank: int, ranks: int) -> list[dict
             return len(self.samples)
 
         def __getitem__(self, index: int) -> dict[str, Tensor]:
-            sample = self.samples[index]
-            return {
-                "tokens": sample[:-1],
-                "labels": sample[1:],
-                "loss_mask": torch.ones(SEQUENCE_LENGTH),
-                "position_ids": torch.arange(SEQUENCE_LENGTH),
-            }
+            tokens, labels = self.samples[index][:-1], self.samples[index][1:]
+            positions, counts = torch.arange(SEQUENCE_LENGTH), torch.ones(SEQUENCE_LENGTH)
+            if config.data.separate_documents:
+                positions, counts = positions_in_documents(tokens), (tokens != END_OF_DOCUMENT).float()
+            return {"tokens": tokens, "labels": labels, "loss_mask": counts, "position_ids": positions}
 
     return next(global_batches(Samples(), config, rank, ranks))
 

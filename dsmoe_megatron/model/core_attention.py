@@ -2,7 +2,8 @@
 
 megatron-core's own DotProductAttention materialises the sequence x sequence scores and knows no context parallelism.
 Under context parallelism keys and values (few heads) are gathered; each rank's two chunks of queries, in
-megatron-core's zig-zag order, attend to the prefix that they may see.
+megatron-core's zig-zag order, attend to the prefix that they may see. Documents of one sample that must not see each
+other are attended to one by one.
 Shape suffixes: S sequence, B micro-batch, N query heads, K key/value heads, D head dim.
 """
 
@@ -10,11 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from dsmoe_megatron.model.causal_attention import causal_attention
 
 
 class ScaledDotProductCoreAttention(torch.nn.Module):
@@ -46,37 +48,95 @@ class ScaledDotProductCoreAttention(torch.nn.Module):
     def forward(
         self, query_SBND: Tensor, key_SBKD: Tensor, value_SBKD: Tensor, attention_mask: Tensor | None, **unused: Any
     ) -> Tensor:
-        """[S, B, N, D], [S, B, K, D] twice -> [S, B, N*D]. The mask argument is not read: causality needs none."""
-        if self.context_group.size() == 1:
-            return self._attend(query_SBND, key_SBKD, value_SBKD)
-        key_SBKD, value_SBKD = self._whole_sequence(key_SBKD), self._whole_sequence(value_SBKD)
-        ranks, rank = self.context_group.size(), self.context_group.rank()
-        outputs = []
-        for chunk_SBND, position in zip(query_SBND.chunk(2), (rank, 2 * ranks - 1 - rank), strict=True):
-            end = (position + 1) * chunk_SBND.shape[0]
-            outputs.append(self._attend(chunk_SBND, key_SBKD[:end], value_SBKD[:end]))
-        return torch.cat(outputs)
+        """[S, B, N, D], [S, B, K, D] twice -> [S, B, N*D].
 
-    def _attend(self, query_SBND: Tensor, key_SBKD: Tensor, value_SBKD: Tensor) -> Tensor:
-        queries, keys = query_SBND.shape[0], key_SBKD.shape[0]
-        # is_causal aligns the mask at the top left: right only where queries and keys begin together
-        mask = None
-        if queries != keys:
-            mask = torch.ones(queries, keys, dtype=torch.bool, device=query_SBND.device).tril(keys - queries)
-        output_BNSD = F.scaled_dot_product_attention(
+        Causality needs no mask. In the place of one, megatron-core hands through what separates documents:
+
+        Args:
+            query_SBND, key_SBKD, value_SBKD: of this context-parallel rank.
+            attention_mask: `document_starts` of this rank's queries, [B, S] on the CPU; None where a token sees all
+                that came before it in its sample.
+            unused: further arguments of megatron-core.
+        """
+        starts_BS = attention_mask
+        ranks = self.context_group.size()
+        if ranks == 1:
+            return self._attend(query_SBND, key_SBKD, value_SBKD, 0, starts_BS)
+        key_SBKD, value_SBKD = self._whole_sequence(key_SBKD), self._whole_sequence(value_SBKD)
+        chunks = query_SBND.chunk(2)
+        starts = (None, None) if starts_BS is None else starts_BS.chunk(2, dim=1)
+        places = zigzag_places(self.context_group.rank(), ranks)
+        return torch.cat(
+            [
+                self._attend(chunk_SBND, key_SBKD, value_SBKD, place * chunk_SBND.shape[0], chunk_starts_BS)
+                for chunk_SBND, place, chunk_starts_BS in zip(chunks, places, starts, strict=True)
+            ]
+        )
+
+    def _attend(
+        self, query_SBND: Tensor, key_SBKD: Tensor, value_SBKD: Tensor, first: int, starts_BS: Tensor | None
+    ) -> Tensor:
+        """Queries at the positions from `first` on, to the keys up to each."""
+        end = first + query_SBND.shape[0]
+        if starts_BS is None:
+            return self._attend_from(query_SBND, key_SBKD[:end], value_SBKD[:end])
+        samples = []
+        for sample, starts in enumerate(starts_BS.tolist()):
+            own = slice(sample, sample + 1)
+            documents = [
+                self._attend_from(
+                    query_SBND[begin - first : stop - first, own],
+                    key_SBKD[start:stop, own],
+                    value_SBKD[start:stop, own],
+                )
+                for start, begin, stop in _documents(starts, first)
+            ]
+            samples.append(torch.cat(documents))
+        return torch.cat(samples, dim=1)
+
+    def _attend_from(self, query_SBND: Tensor, key_SBKD: Tensor, value_SBKD: Tensor) -> Tensor:
+        """Queries that are the last of their keys' positions."""
+        output_BNSD = causal_attention(
             query_SBND.permute(1, 2, 0, 3),
             key_SBKD.permute(1, 2, 0, 3),
             value_SBKD.permute(1, 2, 0, 3),
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
             scale=self.softmax_scale,
-            enable_gqa=query_SBND.shape[2] != key_SBKD.shape[2],
+            dropout=self.dropout if self.training else 0.0,
         )
         return output_BNSD.permute(2, 0, 1, 3).flatten(2)
 
     def _whole_sequence(self, part_SBKD: Tensor) -> Tensor:
-        """Gather the context-parallel parts and undo megatron-core's order: rank r holds chunks r and 2*ranks-1-r."""
+        """Gather the context-parallel parts and undo megatron-core's order."""
         ranks = self.context_group.size()
         chunks = gather_from_sequence_parallel_region(part_SBKD, group=self.context_group).chunk(2 * ranks)
         return torch.cat([*chunks[0::2], *reversed(chunks[1::2])])
+
+
+def zigzag_places(rank: int, ranks: int) -> tuple[int, int]:
+    """Which two of a sequence's 2 x ranks chunks a context-parallel rank holds, so that causal work is even.
+
+    As megatron.core.utils.get_batch_on_this_cp_rank deals them.
+    """
+    return rank, 2 * ranks - 1 - rank
+
+
+def document_starts(position_ids_BS: Tensor, rank: int, ranks: int) -> Tensor:
+    """For each token of this context-parallel rank the position of its document's first token, [B, S / ranks].
+
+    Args:
+        position_ids_BS: positions within the documents, of the whole sequence.
+        rank, ranks: of context parallelism.
+    """
+    starts_BS = torch.arange(position_ids_BS.shape[1]) - position_ids_BS
+    return starts_BS.unflatten(1, (2 * ranks, -1))[:, list(zigzag_places(rank, ranks))].flatten(1)
+
+
+def _documents(starts: list[int], first: int) -> list[tuple[int, int, int]]:
+    """(first key, first query, position after the last query) of each document in a run of queries from `first` on."""
+    documents: list[tuple[int, int, int]] = []
+    for position, start in enumerate(starts, start=first):
+        if documents and documents[-1][0] == start:
+            documents[-1] = (start, documents[-1][1], position + 1)
+        else:
+            documents.append((start, position, position + 1))
+    return documents

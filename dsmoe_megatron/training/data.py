@@ -139,9 +139,10 @@ def build_datasets(config: Config, tokenizer: Tokenizer, cache_dir: Path) -> tup
         blend_per_split=[_blend(config.data.train), _blend(config.data.validation), None],
         tokenizer=adapter,
         path_to_cache=str(cache_dir),
-        reset_position_ids=False,
+        reset_position_ids=config.data.separate_documents,
         reset_attention_mask=False,
-        eod_mask_loss=False,
+        # what follows a document says nothing of it: its last token predicts nothing
+        eod_mask_loss=config.data.separate_documents,
         create_attention_mask=False,
     )
     train, validation, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, dataset_config).build()

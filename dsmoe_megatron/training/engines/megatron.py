@@ -20,6 +20,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from dsmoe_megatron.config import Config
+from dsmoe_megatron.model.core_attention import document_starts
 from dsmoe_megatron.model.gpt import build_chunks, routers, unwrap
 from dsmoe_megatron.model.router import Router
 from dsmoe_megatron.model.transformer_config import transformer_config
@@ -32,7 +33,7 @@ from dsmoe_megatron.training.optimizer import (
     wrapped_optimizers,
 )
 
-# one micro-batch: tokens, labels, loss_mask, position_ids, each [B, S]
+# one micro-batch: tokens, labels, loss_mask, position_ids (in their documents where these are separate), each [B, S]
 Batch = dict[str, Tensor]
 
 EXTRA_STATE = "._extra_state"
@@ -81,10 +82,13 @@ class MegatronEngine:
             overlap_param_gather=overlap,
         )
         # the first chunk's backward ends the step: only its buckets can overlap
-        return [
+        wrapped = [
             DistributedDataParallel(self.transformer, ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
         ]
+        for chunk in wrapped:
+            _count_padding_between_buckets(chunk)
+        return wrapped
 
     def _connect_schedule(self) -> None:
         """Tell megatron-core's schedule, through its configuration, how gradients are scaled and synchronised."""
@@ -158,13 +162,20 @@ class MegatronEngine:
         return self._mean_over_ranks([report["lm_loss"] for report in reports])
 
     def _on_device(self, batch: Batch) -> Batch:
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        return get_batch_on_this_cp_rank(batch)
+        """This context-parallel rank's part of the batch."""
+        on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        part = get_batch_on_this_cp_rank(on_device)
+        if self.config.data.separate_documents:
+            group = parallel_state.get_context_parallel_group()
+            # stays on the CPU: it decides which kernels are called, layer by layer
+            part["document_starts"] = document_starts(batch["position_ids"], group.rank(), group.size())
+        return part
 
     def _forward_step(self, batches: Iterator[Batch], chunk: MegatronModule) -> tuple[Tensor, Any]:
         batch = next(batches)
-        # no attention mask: the core attention is causal by itself
-        output = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        # no attention mask: the core attention is causal by itself. Rotary embeddings know distances only, so that
+        # positions need not begin anew with a document
+        output = chunk(batch["tokens"], batch["position_ids"], batch.get("document_starts"), labels=batch["labels"])
         return output, partial(_masked_mean, batch["loss_mask"])
 
     def _mean_over_ranks(self, losses: Sequence[Tensor]) -> float:
@@ -213,6 +224,19 @@ class MegatronEngine:
         own_step_counts(self.optimizer)
         self.schedule.num_steps = 0
         self.schedule.step(increment=step)
+
+
+def _count_padding_between_buckets(chunk: DistributedDataParallel) -> None:
+    """Make megatron-core's optimizer checkpoints right where a gradient buffer has several buckets.
+
+    get_parameter_state_dp_zero of megatron-core 0.16.1 leaves out the padding at the end of each bucket, but
+    sharded_param_state_fully_reshardable looks parameters up at places that count it: the optimizer state of everything
+    after a padded bucket would be saved from the wrong place. With the padding counted as content both agree.
+    """
+    for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        buffer.numel_unpadded = buffer.numel
 
 
 def _masked_mean(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
