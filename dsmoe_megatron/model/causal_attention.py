@@ -2,7 +2,7 @@
 
 torch's `is_causal` aligns the first query with the first key. Where queries come after a prefix of keys, as in a later
 piece of the sequence under context parallelism, the last query belongs to the last key. Flash kernels for CUDA know
-this alignment (torch.nn.attention.bias.causal_lower_right); on a CPU it is written out as a queries x keys mask, so there
+this alignment (torch.nn.attention.bias.causal_lower_right); on a CPU it is written out as a queries x keys mask: there
 the prefix and the square after it are attended to one by one and joined by their log-sum-exps, as in ring attention.
 Shape suffixes: B micro-batch, N heads, Q queries, K keys, P prefix, D head dim.
 """
