@@ -1,6 +1,6 @@
 """What training an MoE densely costs, beside the dense model and megatron-core's own MoE layer.
 
-    python benchmarks/dense_training.py [--repeats 18] [--threads 2] [--json FILE]
+    python -m benchmarks.dense_training [--repeats 18] [--threads 2] [--json FILE]
 
 Three models of one size take turns in one process: the dense baseline; DS-MoE; and megatron-core's MoELayer with top-k
 = all experts, which computes the same sum through its token dispatcher. Measured are one MLP layer (forward and
@@ -8,40 +8,42 @@ backward) and a whole training step, in time and in live tensor bytes. Seconds d
 runs there: the results are ratios within a repeat; the order of the models changes from repeat to repeat.
 """
 
-import contextlib
-import gc
-import importlib.metadata
-import itertools
 import json
-import os
-import platform
 import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import Path_fc, PositiveInt
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.measuring import (
+    Run,
+    Seconds,
+    paired_seconds,
+    processor_entry,
+    single_batch,
+    surroundings,
+    surroundings_line,
+    table,
+    training_step,
+)
 from data_tools.indexed_dataset import write_whole
-from dsmoe_megatron.config import Config, ModelConfig, ParallelConfig, TrainConfig
+from dsmoe_megatron.config import Config, ModelConfig, ParallelConfig
 from dsmoe_megatron.config_parsing import load_config
 from dsmoe_megatron.config_rules import check_config
 from dsmoe_megatron.errors import DSMoEError, exit_with
 from dsmoe_megatron.planning.parameters import count_parameters
 from dsmoe_megatron.runtime.distributed import model_parallel_groups, prepare_device, process_group
+from dsmoe_megatron.runtime.live_memory import live_bytes
 
 DENSE, DSMOE, MEGATRON = CONTESTANTS = ("dense", "DS-MoE", "Megatron-Core MoE")
 RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
-WARMUPS = 2
 
-Run = Callable[[], object]
 Build = Callable[[Config, torch.device], Run]
 
 
@@ -110,10 +112,10 @@ def full_cases() -> list[Case]:
         layer_1b, hidden_size=1024, num_hidden_layers=2, moe_intermediate_size=128, head_dim=64, vocab_size=2048
     )
     return [
-        Case("MLP layer", _alone(narrow_layer, samples=1, sequence_length=2048), layer_pass),
-        Case("MLP layer of DS-MoE-1B", _alone(layer_1b, samples=1, sequence_length=512), layer_pass),
-        Case("training step, 1/8 of DS-MoE-1B", _alone(eighth_of_1b, samples=8, sequence_length=256), training_step),
-        Case("training step, 1/2 of DS-MoE-1B", _alone(half_of_1b, samples=2, sequence_length=512), training_step),
+        Case("MLP layer", single_batch(narrow_layer, 1, 2048), layer_pass),
+        Case("MLP layer of DS-MoE-1B", single_batch(layer_1b, 1, 512), layer_pass),
+        Case("training step, 1/8 of DS-MoE-1B", single_batch(eighth_of_1b, 8, 256), training_step),
+        Case("training step, 1/2 of DS-MoE-1B", single_batch(half_of_1b, 2, 512), training_step),
         Case("training step, quickstart", quickstart, training_step),
     ]
 
@@ -121,13 +123,8 @@ def full_cases() -> list[Case]:
 def tiny_cases() -> list[Case]:
     """Seconds in all: shows that everything runs, says nothing of speed."""
     tiny = ModelConfig(hidden_size=64, head_dim=8, vocab_size=128, mi_alpha_attention=1e-3, mi_alpha_mlp=1e-3)
-    config = _alone(tiny, samples=4, sequence_length=128)
+    config = single_batch(tiny, samples=4, sequence_length=128)
     return [Case("MLP layer", config, layer_pass), Case("training step", config, training_step)]
-
-
-def _alone(model: ModelConfig, samples: int, sequence_length: int) -> Config:
-    train = TrainConfig(micro_batch_size=samples, global_batch_size=samples, sequence_length=sequence_length)
-    return Config(model=model, train=train)
 
 
 def contestants(config: Config) -> dict[str, Config]:
@@ -177,129 +174,6 @@ def layer_pass(config: Config, device: torch.device) -> Run:
         output_SBH.backward(gradient_SBH)
 
     return run
-
-
-def training_step(config: Config, device: torch.device) -> Run:
-    """One optimizer step on random tokens, by the engine that trains."""
-    from dsmoe_megatron.training.engines.megatron import MegatronEngine
-
-    engine = MegatronEngine(config, device)
-    train = config.train
-    shape = (train.micro_batch_size, train.sequence_length)
-    micro_batches = [
-        {
-            "tokens": torch.randint(config.model.padded_vocab_size, shape),
-            "labels": torch.randint(config.model.padded_vocab_size, shape),
-            "loss_mask": torch.ones(shape),
-            "position_ids": torch.arange(train.sequence_length).expand(shape),
-        }
-        for _ in range(train.global_batch_size // train.micro_batch_size)
-    ]
-    return lambda: engine.train_step(micro_batches)
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """One run: by the clock, and of processor time summed over the process's threads."""
-
-    wall: float
-    processor: float
-
-
-def paired_seconds(runs: dict[str, Run], repeats: int, device: torch.device) -> dict[str, list[Seconds]]:
-    """Every run in every repeat, one order of them after the other: what ran before leaves its mark on the caches."""
-    orders = list(itertools.permutations(runs))
-    seconds: dict[str, list[Seconds]] = {name: [] for name in runs}
-    for _ in range(WARMUPS):
-        for run in runs.values():
-            run()
-    for repeat in range(repeats):
-        with _no_garbage_collection():
-            for name in orders[repeat % len(orders)]:
-                seconds[name].append(_timed(runs[name], device))
-    return seconds
-
-
-def _timed(run: Run, device: torch.device) -> Seconds:
-    _wait_for(device)
-    wall, processor = time.perf_counter(), time.process_time()
-    run()
-    _wait_for(device)
-    return Seconds(time.perf_counter() - wall, time.process_time() - processor)
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@dataclass(frozen=True)
-class LiveBytes:
-    """Bytes of the tensors that are alive.
-
-    Attributes:
-        before: when the step begins: weights, gradient buffers, optimizer state, the batch.
-        own_peak: what the step holds beyond that at its highest point: activations, their gradients, temporaries.
-        peak: both together.
-    """
-
-    before: int
-    own_peak: int
-    peak: int
-
-
-def live_bytes(case: Case, config: Config, device: torch.device) -> LiveBytes:
-    """Of a model's second step: the optimizer's state exists from the first one on."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    gc.collect()
-    of_others = storage_bytes(device)
-    step = case.build(config, device)
-    step()
-    with _no_garbage_collection():
-        before = storage_bytes(device) - of_others
-        with profile(activities=activities, profile_memory=True) as profiler:
-            step()
-            _wait_for(device)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        own_peak = peak_of_allocations(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"], device)
-    return LiveBytes(before, own_peak, before + own_peak)
-
-
-def storage_bytes(device: torch.device) -> int:
-    """Of all tensors that Python knows, views and their base counted once."""
-    tensors = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor) and each.device == device)
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def peak_of_allocations(events: Sequence[dict[str, Any]], device: torch.device) -> int:
-    """The highest running total of the allocations and frees in a Chrome trace of the profiler."""
-    device_type = 1 if device.type == "cuda" else 0  # c10::DeviceType
-    moves = (event for event in events if event["name"] == "[memory]" and event["args"]["Device Type"] == device_type)
-    alive: dict[int, int] = {}
-    total = peak = 0
-    for move in sorted(moves, key=lambda move: move["ts"]):
-        address, size = move["args"]["Addr"], move["args"]["Bytes"]
-        # what is freed counts only if it was born here. A block still there at an address that is given out again was
-        # freed unseen: gloo's thread, which the profiler does not watch, was the last to hold it
-        total -= alive.pop(address, 0)
-        if size > 0:
-            alive[address] = size
-            total += size
-        peak = max(peak, total)
-    return peak
 
 
 def measure(cases: Sequence[Case], repeats: int, device: torch.device) -> dict[str, Any]:
@@ -352,7 +226,7 @@ def measure_memory(case: Case, device: torch.device) -> dict[str, Any]:
     """Live bytes of each model, and the limited ratio: of the step's own and of all."""
     print(f"memory: {case.name} ({case.size})", file=sys.stderr)
     configs = contestants(case.config)
-    live = {name: asdict(live_bytes(case, config, device)) for name, config in configs.items()}
+    live = {name: asdict(live_bytes(partial(case.build, config, device), device)) for name, config in configs.items()}
     ratios = {}
     for kind in ("own_peak", "peak"):
         ratio = live[MEMORY_LIMIT.model][kind] / live[MEMORY_LIMIT.to][kind]
@@ -368,28 +242,8 @@ def measure_memory(case: Case, device: torch.device) -> dict[str, Any]:
 
 def supports_bf16(device: torch.device) -> bool:
     """Whether bf16 products are computed in hardware; emulated ones are slower than float32's and tell nothing."""
-    flags = {*_processor().get("flags", "").split(), *_processor().get("Features", "").split()}
+    flags = {*processor_entry().get("flags", "").split(), *processor_entry().get("Features", "").split()}
     return device.type == "cuda" or bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
-def _processor() -> dict[str, str]:
-    """The first processor's entry in /proc/cpuinfo; empty where there is no such file."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines() if path.exists() else []
-    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-
-
-def surroundings(device: torch.device) -> dict[str, Any]:
-    """The machine, how busy it is, and the versions of what computes."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "processor": _processor().get("model name", platform.machine()),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],  # before anything is measured
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in ("torch", "megatron-core")},
-    }
 
 
 def as_markdown(report: dict[str, Any]) -> str:
@@ -410,15 +264,15 @@ def as_markdown(report: dict[str, Any]) -> str:
     ]
     ratio_columns = [f"{limit.model} / {limit.to}" for limit in TIME_LIMITS]
     lines = [
-        ", ".join(f"{name} {value}" for name, value in report["surroundings"].items()),
+        surroundings_line(report["surroundings"]),
         "",
         f"Time: medians of {report['repeats']} repeats; ratios within a repeat, median [min, max] / of processor time.",
         "",
-        *_table(["what", "size", *CONTESTANTS, *ratio_columns], times),
+        *table(["what", "size", *CONTESTANTS, *ratio_columns], times),
         "",
         "Live tensor bytes:",
         "",
-        *_table(["what", "bytes", *CONTESTANTS, ratio_columns[0]], memory),
+        *table(["what", "bytes", *CONTESTANTS, ratio_columns[0]], memory),
     ]
     if not any("bf16" in row["name"] for row in report["time"]):
         lines += ["", "The layer's time in bf16 was not measured: this processor has no instructions for it."]
@@ -434,13 +288,11 @@ def _verdict(judged: dict[str, Any]) -> str:
     return f", {judged['limit']}: {'met' if judged['met'] else 'MISSED'}" if "met" in judged else ""
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
-
-
 def build_parser() -> ArgumentParser:
     """The command line."""
-    parser = ArgumentParser(prog="dense_training.py", description="Speed and memory of dense MoE training")
+    parser = ArgumentParser(
+        prog="python -m benchmarks.dense_training", description="Speed and memory of dense MoE training"
+    )
     parser.add_argument("--repeats", type=PositiveInt, default=18, help="timed runs of each model")
     parser.add_argument("--threads", type=PositiveInt, default=2, help="threads of one operation on the CPU")
     parser.add_argument("--json", type=Path_fc, default=None, metavar="FILE", help="write the report here as well")

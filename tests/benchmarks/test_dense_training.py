@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "dense_training.py"
+ROOT = Path(__file__).resolve().parents[2]
 MODELS = {"dense", "DS-MoE", "Megatron-Core MoE"}
 # the tiny size
 LAYERS, HIDDEN, EXPERTS, UNITS_PER_EXPERT, ATTENTION_EXPERTS, TOKENS = 4, 64, 8, 128, 4, 512
@@ -21,8 +21,21 @@ BYTES_PER_UNIT = (4, 2)
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("benchmark") / "report.json"
-    command = [sys.executable, str(SCRIPT), "--size", "tiny", "--repeats", "1", "--threads", "1", "--json", str(path)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.dense_training",
+        "--size",
+        "tiny",
+        "--repeats",
+        "1",
+        "--threads",
+        "1",
+        "--json",
+        str(path),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env=environment, cwd=ROOT)
     contents: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return contents
 

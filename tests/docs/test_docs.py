@@ -12,6 +12,7 @@ from checkpoints_tools import export_hf
 from data_tools import collect_local_corpus, preprocess, train_tokenizer
 from dsmoe_megatron.config_parsing import parse_config
 from dsmoe_megatron.errors import ConfigurationError
+from tests.layout_cases import cases
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -112,3 +113,12 @@ def refusal_of(key: str) -> str:
 
 def option_names(parser: ArgumentParser) -> set[str]:
     return {name for action in parser._actions for name in action.option_strings}
+
+
+def test_the_table_of_layouts_has_every_case() -> None:
+    page = (ROOT / "docs" / "layouts.md").read_text(encoding="utf-8")
+    sections = dict(part.split("\n", 1) for part in page.split("\n## ")[1:])
+
+    for case in cases():
+        section = "bf16" if case.precision == "bf16" else case.model
+        assert f"\n| {case.name} | {case.processes} |" in sections[section], f"{case}: make docs/layouts.md again"
