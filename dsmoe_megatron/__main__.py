@@ -2,28 +2,27 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from dsmoe_megatron.config_parsing import parse_config
+from dsmoe_megatron.config_parsing import parse_config, parse_verb
 from dsmoe_megatron.config_rules import check_config
-from dsmoe_megatron.errors import DSMoEError, exit_with
+from dsmoe_megatron.errors import ConfigurationError, DSMoEError, exit_with
 
 PROGRAM = "dsmoe-megatron"
-VERBS = {"pretrain": "train a model from a recipe; continues a run found in train.run_dir"}
-USAGE = f"usage: {PROGRAM} VERB --help\n\n" + "\n".join(f"  {verb:<10} {text}" for verb, text in VERBS.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; a fault that the user can mend ends the process with one line and its exit code."""
-    verb, *rest = sys.argv[1:] if arguments is None else arguments or [""]
+    verb, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if verb in ("-h", "--help"):
-        print(USAGE)
+        print(_usage())
         return 0
     if verb not in VERBS:
         print(f"{PROGRAM}: error: unknown verb {verb!r}; there is {', '.join(VERBS)}", file=sys.stderr)
         return 2
     try:
-        _pretrain(rest)
+        VERBS[verb].run(rest)
     except DSMoEError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0:
@@ -32,6 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return error.exit_code
         exit_with(error, f"{PROGRAM}: rank {rank}")
     return 0
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join([f"usage: {PROGRAM} VERB --help", "", *lines])
 
 
 def _pretrain(arguments: Sequence[str]) -> None:
@@ -46,6 +50,50 @@ def _pretrain(arguments: Sequence[str]) -> None:
 
     pretrain(config, device)
 
+
+def _estimate(arguments: Sequence[str]) -> None:
+    from dsmoe_megatron.planning import presentation
+    from dsmoe_megatron.planning.estimate import EstimateOptions, estimate, require_vocabulary, smallest_world_size
+    from dsmoe_megatron.planning.hardware import load_hardware
+    from dsmoe_megatron.planning.search import search
+
+    config, options = parse_verb(arguments, f"{PROGRAM} estimate", EstimateOptions)
+    hardware = load_hardware(options.gpu, options.hardware)
+    world_size, origin = options.gpus, "--gpus"
+    if world_size is None and "WORLD_SIZE" in os.environ:
+        world_size, origin = int(os.environ["WORLD_SIZE"]), "WORLD_SIZE"
+    elif world_size is None:
+        world_size, origin = smallest_world_size(config), "the fewest that the layout runs on; --gpus takes more"
+    for key, value in (("gpus", world_size), ("top", options.top)):
+        if value < 1:
+            raise ConfigurationError(key, value, "must be at least 1")
+
+    if config.model.vocab_size is None and not options.search and options.picture is None:
+        report = presentation.without_vocabulary(config)
+    elif options.search:
+        if options.picture is not None:
+            raise ConfigurationError("picture", options.picture, "is drawn of one layout, not with --search")
+        report = presentation.of_search(search(config, world_size, hardware), world_size, options.top)
+    else:
+        require_vocabulary(config)
+        found = estimate(config, world_size, hardware)
+        report = presentation.of_estimate(found)
+        if options.picture is not None:
+            presentation.draw(found, options.picture)
+    print(report.json() if options.json else f"GPUs: {world_size} ({origin})\n{report.text}")
+
+
+class Verb(NamedTuple):
+    summary: str
+    run: Callable[[Sequence[str]], None]
+
+
+VERBS = {
+    "pretrain": Verb("train a model from a recipe; continues a run found in train.run_dir", _pretrain),
+    "estimate": Verb(
+        "what a recipe costs on given GPUs: parameters, memory, traffic, time; or the best layout", _estimate
+    ),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

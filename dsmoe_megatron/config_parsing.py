@@ -12,7 +12,7 @@ import types
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -20,6 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from dsmoe_megatron.config import Config
 from dsmoe_megatron.errors import ConfigurationError
 
+Options = TypeVar("Options")
 FLAGS = ("-h", "--help", "--print_config")
 
 
@@ -36,13 +37,23 @@ def parse_config(argv: Sequence[str], program: str) -> Config:
     Raises:
         ConfigurationError: unknown key, ill-typed or missing value, unreadable file.
     """
-    flags = [argument for argument in argv if argument.split("=")[0] in FLAGS or argument.endswith(".help")]
-    options = list(_options([argument for argument in argv if argument not in flags]))
-    for key, text in options:
-        _check_option(key, text)
-    # joined with "=", so that a value may begin with "-"
-    files_first = sorted(options, key=lambda option: option[0] != "config")
-    return _build(_parser(program), [f"--{key}={text}" for key, text in files_first] + flags)
+    return _config(_parse(argv, program))
+
+
+def parse_verb(argv: Sequence[str], program: str, options: type[Options]) -> tuple[Config, Options]:
+    """A recipe, as parse_config, and a verb's own arguments, which may stand anywhere among the recipe's: `--gpus 32`.
+
+    Args:
+        argv: arguments after the verb.
+        program: name in the help.
+        options: dataclass of the verb's arguments, each with a default and its help below it; a bool is a flag that
+            takes no value.
+
+    Raises:
+        ConfigurationError: as parse_config.
+    """
+    namespace = _parse(argv, program, options)
+    return _config(namespace), options(**{name: namespace[name] for name in get_type_hints(options)})
 
 
 def load_config(path: str | Path) -> Config:
@@ -70,7 +81,28 @@ def to_dict(config: Config) -> dict[str, Any]:
     return asdict(config)
 
 
-def _parser(program: str) -> ArgumentParser:
+def _parse(argv: Sequence[str], program: str, options: type[Any] | None = None) -> Namespace:
+    of_verb = {} if options is None else get_type_hints(options)
+    switches = {f"--{name}" for name, kind in of_verb.items() if kind is bool}
+    argv = [f"{argument}=true" if argument in switches else argument for argument in argv]
+    flags = [argument for argument in argv if argument.split("=")[0] in FLAGS or argument.endswith(".help")]
+    pairs = list(_options([argument for argument in argv if argument not in flags]))
+    kinds = dict(_dotted_keys(Config)) | of_verb
+    for key, text in pairs:
+        _check_option(key, text, kinds)
+    # joined with "=", so that a value may begin with "-"
+    files_first = sorted(pairs, key=lambda pair: pair[0] != "config")
+    arguments = [f"--{key}={text}" for key, text in files_first] + flags
+    parser = _parser(program, options)
+    try:
+        namespace = parser.instantiate(parser.parse_args(arguments))
+    except ArgumentError as error:  # what the checks above cannot see; said by the library
+        raise ConfigurationError("arguments", " ".join(arguments), str(error)) from None
+    assert isinstance(namespace, Namespace)
+    return namespace
+
+
+def _parser(program: str, options: type[Any] | None) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the text under each field is its help
     parser = ArgumentParser(
         prog=program,
@@ -79,16 +111,13 @@ def _parser(program: str) -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", metavar="RECIPE", help="Recipe file (YAML).")
+    if options is not None:
+        parser.add_class_arguments(options, help="Flags (type bool) are given without a value.")
     parser.add_class_arguments(Config, help="Each key below can stand in the recipe or be given here.")
     return parser
 
 
-def _build(parser: ArgumentParser, arguments: list[str]) -> Config:
-    try:
-        namespace = parser.instantiate(parser.parse_args(arguments))
-    except ArgumentError as error:  # what the checks below cannot see; said by the library
-        raise ConfigurationError("arguments", " ".join(arguments), str(error)) from None
-    assert isinstance(namespace, Namespace)
+def _config(namespace: Namespace) -> Config:
     return Config(**{field.name: namespace[field.name] for field in fields(Config)})
 
 
@@ -149,12 +178,11 @@ def _read_mapping(path: str, key: str) -> dict[Any, Any]:
     return mapping
 
 
-def _check_option(key: str, text: str) -> None:
+def _check_option(key: str, text: str, kinds: dict[str, Any]) -> None:
     """Check what one `--key text` brings in: a recipe, a section's file, a value, an item for a list (`--key+`)."""
     if key == "config":
         _check(_read_mapping(text, key), Config, "", f" (in {text})")
         return
-    kinds = dict(_dotted_keys(Config))
     kind = kinds.get(key.removesuffix("+"))
     if kind is None:
         raise ConfigurationError(key, text, _unknown_key(key, kinds))

@@ -48,6 +48,8 @@ def _shards(chunk: GPTModel) -> Iterable[ShardedTensor]:
 
 def _fill(shard: ShardedTensor, model: ModelConfig, seed: int) -> int:
     data: Tensor = shard.data
+    if data.is_meta:  # built for its shapes alone
+        return data.numel()
     if "norm" in shard.key:
         data.fill_(0.0 if shard.key.endswith(".bias") else 1.0)
         return data.numel()
