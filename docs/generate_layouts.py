@@ -17,33 +17,34 @@ INTRODUCTION = f"""\
 
 <!-- Written by docs/generate_layouts.py. Run python -m docs.generate_layouts > docs/layouts.md -->
 
-Each row is a training run of {STEPS} optimizer steps on real text, in real processes over gloo, against one process with the
-same recipe and seed: the largest relative difference of the language-model loss, of the mutual-information losses and of
-the gradient norm over all steps, and of the gradient of any parameter in the first step, relative to its largest element
-(gathered over the ranks through the checkpoint's global tensors; every element must be covered and replicas must agree).
-Initial weights are equal bit for bit. In float32 everything must be below {TOLERANCE:.0e}; mutual-information losses below 0.1
-nats are held against 0.1 nats. `make test` runs the same cases.
+Each row is a training run of {STEPS} optimizer steps on real text, in real processes over gloo, against one process
+with the same recipe and seed: the largest relative difference of the language-model loss, of the mutual-information
+losses and of the gradient norm over all steps, and of the gradient of any parameter in the first step, relative to its
+largest element (gathered over the ranks through the checkpoint's global tensors; every element must be covered and
+replicas must agree). Initial weights are equal bit for bit. In float32 everything must be below {TOLERANCE:.0e};
+mutual-information losses below 0.1 nats are held against 0.1 nats. `make test` runs the same cases.
 
-TP tensor, SP sequence, PP pipeline, DP data, EP expert, ETP expert-tensor, CP context parallelism. The global batch is 8
-samples in micro-batches of 2 throughout: DP4 has no gradient accumulation, one process has 4 micro-batches.
+TP tensor, SP sequence, PP pipeline, DP data, EP expert, ETP expert-tensor, CP context parallelism. The global batch is
+8 samples in micro-batches of 2 throughout: DP4 has no gradient accumulation, one process has 4 micro-batches.
 """
 BF16 = """\
 ## bf16
 
-Rounding differs with the layout, and training amplifies it. A layout may be as far from the single process as the single
-process in bf16 is from itself in float32 (first row).
+Rounding differs with the layout, and training amplifies it. A layout may be as far from the single process as the
+single process in bf16 is from itself in float32 (first row).
 """
 LIMITS = """\
 ## What the layout does change
 
 - The mean expert probability of the mutual-information loss is taken over one micro-batch (`model.mi_scope:
-  micro_batch`) or over it on all data-parallel ranks (`data_parallel`). The entropy of a mean is not linear, so the first
-  is the same in every layout with the same micro-batch size, the second with the same micro-batch size x data-parallel
-  size (two ranks of 2 samples equal one rank of 4). The weight of the loss never depends on micro-batches or ranks.
+  micro_batch`) or over it on all data-parallel ranks (`data_parallel`). The entropy of a mean is not linear, so the
+  first is the same in every layout with the same micro-batch size, the second with the same micro-batch size x
+  data-parallel size (two ranks of 2 samples equal one rank of 4). The weight of the loss never depends on micro-batches
+  or ranks.
 - With dropout, ranks that hold different tokens or shards draw different masks: runs repeat in the same layout only.
-- Differences of rounding grow with the steps, as Adam divides small gradients by their own size. With a learning rate of
-  3e-3 in the place of 1e-3 three rows came to 1.0e-5 to 1.7e-5 after 10 steps (mutual-information losses and a gradient
-  norm under context and sequence parallelism), their gradients of the first step within 7e-7.
+- Differences of rounding grow with the steps, as Adam divides small gradients by their own size. With a learning rate
+  of 3e-3 in the place of 1e-3 three rows came to 1.0e-5 to 1.7e-5 after 10 steps (mutual-information losses and a
+  gradient norm under context and sequence parallelism), their gradients of the first step within 7e-7.
 - Nothing here has run on a GPU.
 """
 HEADER = ("Layout", "Processes", "Loss", "Mutual information", "Gradient norm", "Gradient, step 1", "of")
@@ -59,7 +60,7 @@ def main() -> None:
     for model in MODELS:
         own = [case for case in everything if case.model == model and case.precision == "fp32"]
         print(f"## {model}\n")
-        print_table((row(case.name, case, runs.differences(case)) for case in own))
+        print_table(row(case.name, case, runs.differences(case)) for case in own)
     print(BF16)
     print_table(bf16_rows(runs, [case for case in everything if case.precision == "bf16"]))
     print(LIMITS, end="")
