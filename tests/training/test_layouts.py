@@ -1,8 +1,10 @@
 """Every layout trains to the same numbers as the single process: losses, gradient norms, gradients, weights."""
 
+from typing import Any
+
 import pytest
 
-from tests.layout_cases import TOLERANCE, Case, Runs, cases
+from tests.layout_cases import STEPS, TOLERANCE, Case, Runs, cases, differences
 from tests.training_jobs import run_layout, tiny_config
 from tests.worker_pool import WorkerPool
 
@@ -41,10 +43,24 @@ def test_gradient_accumulation_keeps_loss_and_gradient(worker_pool: WorkerPool) 
     assert split.grad_norms == pytest.approx(whole.grad_norms, rel=TOLERANCE)
 
 
-def test_data_parallel_scope_depends_only_on_the_tokens_averaged_over(worker_pool: WorkerPool) -> None:
+@pytest.mark.parametrize(
+    ("processes", "parallel"),
+    [
+        (2, {}),
+        (4, {"tensor": 2, "sequence": True}),
+        (4, {"context": 2}),
+        (4, {"expert": 2, "pipeline": 2}),
+    ],
+    ids=["DP2", "TP2+SP x DP2", "CP2 x DP2", "PP2 x EP2 over DP2"],
+)
+def test_data_parallel_scope_depends_only_on_the_tokens_averaged_over(
+    worker_pool: WorkerPool, processes: int, parallel: dict[str, Any]
+) -> None:
+    """Two ranks of 2 samples are as one rank of 4, in every layout."""
     strong = {"mi_alpha_attention": 1.0, "mi_alpha_mlp": 1.0, "mi_scope": "data_parallel"}
-    one_rank = run_layout(worker_pool, tiny_config(strong, micro_batch_size=4), 1, 1)
-    two_ranks = run_layout(worker_pool, tiny_config(strong, micro_batch_size=2), 2, 1)
+    one_rank = run_layout(worker_pool, tiny_config(strong, micro_batch_size=4), 1, STEPS)
 
-    assert two_ranks.mi_losses[0] == pytest.approx(one_rank.mi_losses[0], rel=TOLERANCE)
-    assert two_ranks.grad_norms == pytest.approx(one_rank.grad_norms, rel=TOLERANCE)
+    two_ranks = run_layout(worker_pool, tiny_config(strong, parallel, micro_batch_size=2), processes, STEPS)
+
+    found = differences(two_ranks, one_rank)
+    assert {name: value for name, value in found if not value <= TOLERANCE} == {}, found
