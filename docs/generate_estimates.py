@@ -82,7 +82,7 @@ CHECKS = (
     (
         "parameters, in all and per rank",
         "counted",
-        "the paper's totals (below); built models (`tests/planning/test_ranks.py`)",
+        "the paper's totals (below); built models (`tests/planning/test_ranks.py`), of up to 1024 ranks ([table](estimate_against_reality.md))",
     ),
     (
         "FLOPs per token",
@@ -93,7 +93,7 @@ CHECKS = (
     (
         "memory per rank",
         "derived tensor by tensor",
-        "live bytes of training steps on a CPU (`tests/planning/test_memory.py`)",
+        "live bytes of training steps on a CPU: within 7 % ([table](estimate_against_reality.md))",
     ),
     (
         "traffic per rank",

@@ -215,6 +215,10 @@ def _check_tensor_parallel(config: Config) -> None:
             f"the {heads_per_group} query heads of each evenly"
         )
         _refuse(config, "parallel.tensor", rule)
+    channels = (model.num_attention_heads + 2 * groups) * model.head_dim
+    if channels % tensor:
+        rule = f"must divide the {channels} columns of the query-key-value projection, cut evenly above its heads"
+        _refuse(config, "parallel.tensor", rule)
     # before the tokenizer is read only the multiple is known of the vocabulary
     rows = model.vocab_size_multiple if model.vocab_size is None else model.padded_vocab_size
     if rows % tensor:

@@ -143,6 +143,9 @@ def test_a_single_value_that_cannot_be_is_refused(key: str, value: float, rule: 
         (2, {"parallel.context": 2, "train.sequence_length": 254}, "train.sequence_length", "2 x context = 4"),
         (3, {"parallel.pipeline": 3}, "model.num_hidden_layers", "pipeline x virtual_pipeline = 3"),
         (1, {"parallel.virtual_pipeline": 2}, "parallel.virtual_pipeline", "needs parallel.pipeline > 1"),
+        (3, {"parallel.tensor": 3, "model.num_key_value_heads": 1, "model.num_attention_experts": 6}
+            | {"model.num_attention_heads": 6, "model.num_experts": 6, "model.vocab_size": 300},
+            "parallel.tensor", "256 columns of the query-key-value projection"),
         (1, {"parallel.first_stage_layers": 2}, "parallel.first_stage_layers", "needs parallel.pipeline > 1"),
         (2, {"parallel.pipeline": 2, "parallel.last_stage_layers": 4}, "parallel.last_stage_layers", "the 4 layers"),
         (2, {"parallel.pipeline": 2, "parallel.first_stage_layers": 1, "parallel.last_stage_layers": 2},
