@@ -4,9 +4,11 @@
  "tokenizer": {"spec", "kind", "vocab_size", "fingerprint", "end_of_document_id"},
  "files": {"bin": {"bytes", "sha256"}, "idx": {"bytes", "sha256"}},
  "sources": [{"path", "files", "bytes", "state", "documents", "skipped": {reason: count}}],
- "skipped": {reason: count}, "invalid_utf8_replaced", "options": {...}, "versions": {...}}
+ "skipped": {reason: count}, "invalid_utf8_replaced", "options": {...}, "versions": {...},
+ "checksum": SHA-256 over all of the above, see `manifest_checksum`}
 """
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -19,6 +21,18 @@ from dsmoe_megatron.errors import DataError
 from dsmoe_megatron.tokenizers import Tokenizer
 
 MANIFEST_FORMAT = 1
+MANIFEST_CONTENT: dict[str, Any] = {  # what every reader may rely on
+    "format": int,
+    "documents": int,
+    "tokens": int,
+    "text_bytes": int,
+    "dtype": str,
+    "tokenizer": {"spec": str, "kind": str, "vocab_size": int, "fingerprint": str, "end_of_document_id": int},
+    "files": {name: {"bytes": int, "sha256": str} for name in ("bin", "idx")},
+    "sources": list,
+    "options": {"special_tokens": str},
+    "checksum": str,
+}
 REPORTED_LIBRARIES = ("dsmoe-megatron", "numpy", "sentencepiece", "tokenizers", "transformers", "zstandard")
 
 
@@ -50,8 +64,38 @@ def write_manifest(prefix: str, planned: dict[str, Any], results: dict[str, Any]
     sources = [plan | result for plan, result in zip(planned["sources"], results["sources"], strict=True)]
     versions = {"python": platform.python_version()} | {name: _version(name) for name in REPORTED_LIBRARIES}
     manifest = planned | results | {"sources": sources, "versions": versions}
+    manifest["checksum"] = manifest_checksum(manifest)
     write_whole(manifest_path(prefix), json.dumps(manifest, indent=1).encode() + b"\n")
     return manifest
+
+
+def read_manifest(prefix: str) -> dict[str, Any]:
+    """The manifest of the dataset at `prefix`, as it was written.
+
+    Raises:
+        DataError: it is missing, was not written by this program, or has been changed since.
+    """
+    path = manifest_path(prefix)
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; preprocess.py writes it when the dataset is whole") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged, or no manifest of preprocess.py ({error})") from error
+    _require_content(path, manifest, MANIFEST_CONTENT, "")
+    if manifest["format"] != MANIFEST_FORMAT:
+        raise DataError(f"{path}: format {manifest['format']}, where this program reads format {MANIFEST_FORMAT}")
+    if manifest["checksum"] != manifest_checksum(manifest):
+        raise DataError(f"{path} has been changed since it was written: its checksum is not that of its content")
+    return manifest
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """SHA-256 over the values of a manifest, its own checksum left out; their layout in the file does not count."""
+    content = {name: value for name, value in manifest.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def existing_manifest(prefix: str, planned: dict[str, Any]) -> dict[str, Any] | None:
@@ -91,6 +135,17 @@ def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
         "options": manifest["options"],
         "input": [(source["bytes"], source["state"]) for source in manifest["sources"]],
     }
+
+
+def _require_content(path: Path, found: Any, expected: Any, where: str) -> None:
+    """Refuse a manifest in which a value is missing or of another type."""
+    kind = dict if isinstance(expected, dict) else expected
+    if not isinstance(found, kind) or isinstance(found, bool):
+        name = where or "its content"
+        raise DataError(f"{path} is damaged, or no manifest of this release of preprocess.py: {name} is {found!r}")
+    if isinstance(expected, dict):
+        for name, below in expected.items():
+            _require_content(path, found.get(name), below, f"{where}.{name}".removeprefix("."))
 
 
 def _version(library: str) -> str | None:

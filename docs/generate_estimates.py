@@ -82,7 +82,8 @@ CHECKS = (
     (
         "parameters, in all and per rank",
         "counted",
-        "the paper's totals (below); built models (`tests/planning/test_ranks.py`), of up to 1024 ranks ([table](estimate_against_reality.md))",
+        "the paper's totals (below); built models (`tests/planning/test_ranks.py`), of up to 1024 ranks "
+        "([table](estimate_against_reality.md))",
     ),
     (
         "FLOPs per token",

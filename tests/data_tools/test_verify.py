@@ -52,8 +52,8 @@ def vouch_for(prefix: Path) -> None:
     path.write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
 
 
-def faults_of(prefix: Path, **options: int) -> list[str]:
-    return verify(str(prefix), **options).faults
+def faults_of(prefix: Path, sample: int = 100) -> list[str]:
+    return verify(str(prefix), sample).faults
 
 
 def flip(path: Path, byte: int, bit: int) -> None:
