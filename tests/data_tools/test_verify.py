@@ -90,6 +90,16 @@ def test_any_flipped_bit_is_found_in_its_file(suffix: str, copy: Path) -> None:
     assert faults_of(copy) == []
 
 
+def test_damage_to_both_files_is_told_of_both(copy: Path) -> None:
+    flip(Path(f"{copy}.idx"), 0, 0)
+    flip(Path(f"{copy}.bin"), 0, 0)
+
+    bin_fault, idx_fault, header_fault = faults_of(copy)
+    assert bin_fault.startswith(f"{copy}.bin: its SHA-256")
+    assert idx_fault.startswith(f"{copy}.idx: its SHA-256")
+    assert header_fault.startswith(f"{copy}.idx is not a Megatron dataset index")
+
+
 def index_fields(documents: int) -> dict[str, range]:
     """Bytes of the .idx, by what they hold."""
     sizes = {"magic": 9, "version": 8, "dtype": 1, "sequences": 8, "document indices": 8}

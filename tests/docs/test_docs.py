@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints_tools import export_hf
-from data_tools import collect_local_corpus, preprocess, train_tokenizer
+from data_tools import blend, collect_local_corpus, inspect_dataset, preprocess, train_tokenizer, verify
 from dsmoe_megatron.config_parsing import parse_config
 from dsmoe_megatron.errors import ConfigurationError
 from tests.layout_cases import cases
@@ -22,6 +22,9 @@ PROGRAMS = {
     "data_tools/collect_local_corpus.py": collect_local_corpus.build_parser(),
     "data_tools/train_tokenizer.py": train_tokenizer.build_parser(),
     "data_tools/preprocess.py": preprocess.build_parser(),
+    "data_tools/verify.py": verify.build_parser(),
+    "data_tools/inspect_dataset.py": inspect_dataset.build_parser(),
+    "data_tools/blend.py": blend.build_parser(),
     "checkpoints_tools/export_hf.py": export_hf.build_parser(),
 }
 
