@@ -25,7 +25,8 @@ replicas must agree). Initial weights are equal bit for bit. In float32 everythi
 mutual-information losses below 0.1 nats are held against 0.1 nats. `make test` runs the same cases.
 
 TP tensor, SP sequence, PP pipeline, DP data, EP expert, ETP expert-tensor, CP context parallelism. The global batch is
-8 samples in micro-batches of 2 throughout: DP4 has no gradient accumulation, one process has 4 micro-batches.
+8 samples in micro-batches of 2 throughout: DP4 has no gradient accumulation, one process has 4 micro-batches. Models
+have 4 layers where there are pipeline stages and in bf16, else 2.
 """
 BF16 = """\
 ## bf16

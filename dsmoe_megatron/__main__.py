@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from dsmoe_megatron.config_rules import check_config
 from dsmoe_megatron.errors import ConfigurationError, DSMoEError, exit_with
 
 PROGRAM = "dsmoe-megatron"
+# torchrun ends all ranks as soon as one of them has failed: rank 0, which speaks for all, must not be the second
+SECONDS_FOR_RANK_0 = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank == 0:
             exit_with(error, PROGRAM)
         if error.on_every_rank:
+            time.sleep(SECONDS_FOR_RANK_0)
             return error.exit_code
         exit_with(error, f"{PROGRAM}: rank {rank}")
     return 0
