@@ -138,6 +138,16 @@ class ParallelConfig:
     overlap: bool = False
     """Overlap the gradient reduction and the parameter gather with computation."""
 
+    @property
+    def tensor_of_experts(self) -> int:
+        """Tensor-parallel size of the experts: expert_tensor, or tensor where that is null."""
+        return self.expert_tensor or self.tensor
+
+    @property
+    def splits_experts_apart(self) -> bool:
+        """Whether the MLP's units are split over other ranks than tensor parallelism's alone."""
+        return self.expert > 1 or self.tensor_of_experts != self.tensor
+
     def layers_per_stage(self, num_layers: int) -> list[int]:
         """Transformer layers of each pipeline rank.
 
@@ -147,13 +157,12 @@ class ParallelConfig:
         first, last = self.first_stage_layers, self.last_stage_layers
         sharing = self.pipeline - (first is not None) - (last is not None)
         left = num_layers - (first or 0) - (last or 0)
-        each, rest = divmod(left, sharing) if sharing > 0 else (0, left)
-        stages = [each] * self.pipeline
+        stages = [left // sharing if sharing > 0 else 0] * self.pipeline
         if first is not None:
             stages[0] = first
         if last is not None:
             stages[-1] = last
-        if rest or min(stages) < 1 or (first is not None and last is not None and self.pipeline == 1):
+        if sum(stages) != num_layers or min(stages) < 1:
             raise ValueError(f"{num_layers} layers cannot be shared by {self.pipeline} pipeline ranks as {stages}")
         return stages
 

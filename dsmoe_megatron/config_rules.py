@@ -231,7 +231,7 @@ def _check_expert_parallel(config: Config, world_size: int) -> None:
     if not model.has_mlp_router:
         _check_plain_mlp(config)
         return
-    expert_tensor = parallel.expert_tensor or parallel.tensor
+    expert_tensor = parallel.tensor_of_experts
     ranks = expert_tensor * parallel.expert
     if (world_size // parallel.pipeline) % ranks:
         rule = (
@@ -239,8 +239,7 @@ def _check_expert_parallel(config: Config, world_size: int) -> None:
             f"{world_size // parallel.pipeline} processes of a pipeline stage"
         )
         _refuse(config, "parallel.expert", rule)
-    own_group = parallel.expert > 1 or expert_tensor != parallel.tensor
-    if own_group and parallel.tensor > 1 and not parallel.sequence:
+    if parallel.splits_experts_apart and parallel.tensor > 1 and not parallel.sequence:
         rule = "must be true where experts are split otherwise than by tensor > 1 alone"
         _refuse(config, "parallel.sequence", rule)
     if model.expert_training == "sparse":

@@ -50,7 +50,7 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.expert_tensor or parallel.tensor,
+        expert_tensor_parallel_size=parallel.tensor_of_experts,
         # gloo sends asynchronously from the storage that deallocation would swap: wrong losses under interleaving
         deallocate_pipeline_outputs=on_cuda,
         overlap_p2p_comm=interleaved,

@@ -13,11 +13,10 @@ from math import gcd
 from typing import Literal
 
 from dsmoe_megatron.config import Config
-from dsmoe_megatron.planning.ranks import mlp_ranks
+from dsmoe_megatron.planning.ranks import FLOAT32, element_bytes, mlp_ranks
 
 DeviceType = Literal["cuda", "cpu"]
 Table = dict[str, int]
-FLOAT32 = 4
 # torch.get_rng_state() on a CPU, which a checkpointed region remembers twice: the default and the tracked state
 CPU_RANDOM_STATES = 2 * 5056
 
@@ -57,14 +56,13 @@ class LayerActivations:
     def __init__(self, config: Config, device: DeviceType) -> None:
         model, parallel, train = config.model, config.parallel, config.train
         self.config, self.model, self.on_cpu = config, model, device == "cpu"
-        self.element = 2 if train.precision == "bf16" else FLOAT32
+        self.element = element_bytes(config)
         self.casts_on_cpu = self.on_cpu and self.element < FLOAT32
         self.tokens = train.micro_batch_size * train.sequence_length // parallel.context
         self.own_tokens = self.tokens // parallel.tensor if parallel.sequence else self.tokens
         ranks = mlp_ranks(config)
-        own_group = ranks != parallel.tensor or parallel.expert > 1
-        self.gathers_units = own_group or parallel.sequence
-        self.unit_tokens = self.own_tokens * ranks if own_group else self.tokens
+        self.gathers_units = parallel.splits_experts_apart or parallel.sequence
+        self.unit_tokens = self.own_tokens * ranks if parallel.splits_experts_apart else self.tokens
 
         self.hidden_row = model.hidden_size * self.element
         self.query_row = model.num_attention_heads // parallel.tensor * model.head_dim * self.element
@@ -180,7 +178,7 @@ class LayerActivations:
     def _sparse_mlp(self) -> Table:
         """megatron-core's MoELayer, as if every expert got the same number of tokens."""
         model, parallel = self.model, self.config.parallel
-        split = parallel.expert_tensor or parallel.tensor
+        split = parallel.tensor_of_experts
         # every chosen expert has its own copy of a token; tensor-parallel experts gather them
         copies = self.own_tokens * model.num_experts_per_tok * split
         units = copies * model.moe_intermediate_size // split * self.element

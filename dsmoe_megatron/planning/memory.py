@@ -8,8 +8,15 @@ libraries' own memory (CUDA context, NCCL's and cuBLAS's buffers) come on top.
 from dataclasses import dataclass, fields
 
 from dsmoe_megatron.config import Config
-from dsmoe_megatron.planning.activations import FLOAT32, DeviceType, LayerActivations, Moment
-from dsmoe_megatron.planning.ranks import RankParameters, optimizer_shards, rank_parameters
+from dsmoe_megatron.planning.activations import DeviceType, LayerActivations, Moment
+from dsmoe_megatron.planning.ranks import (
+    FLOAT32,
+    RankParameters,
+    element_bytes,
+    micro_batches_per_step,
+    optimizer_shards,
+    rank_parameters,
+)
 
 # tokens, labels and positions as int64, the loss mask as float32
 BATCH_BYTES_PER_TOKEN = 3 * 8 + 4
@@ -71,7 +78,7 @@ def rank_memory(config: Config, world_size: int, pipeline_rank: int, device: Dev
         step = Moment("AdamW", of_shard * FLOAT32)
     peak = _activation_peak(config, world_size, pipeline_rank, device, step)
     return RankMemory(
-        weights=parameters.total * (2 if bf16 else FLOAT32),
+        weights=parameters.total * element_bytes(config),
         gradients=parameters.total * FLOAT32,
         optimizer=of_shard * FLOAT32 * (3 if bf16 else 2),
         activations=peak.activations,
@@ -84,7 +91,7 @@ def _activation_peak(
 ) -> _Peak:
     """The moment of a step when most is alive; `optimizer_step` comes after the last backward pass."""
     layer = LayerActivations(config, device)
-    micro_batches = _micro_batches(config, world_size)
+    micro_batches = micro_batches_per_step(config, world_size)
     parallel = config.parallel
     first, last = pipeline_rank == 0, pipeline_rank == parallel.pipeline - 1
     chunks = parallel.virtual_pipeline
@@ -125,13 +132,6 @@ def chunks_in_flight(config: Config, micro_batches: int, pipeline_rank: int) -> 
 
 def _peak(moment: Moment, kept: int) -> _Peak:
     return _Peak(kept + moment.born - moment.freed - moment.logits, moment.logits)
-
-
-def _micro_batches(config: Config, world_size: int) -> int:
-    """Of one data-parallel rank in one step."""
-    parallel = config.parallel
-    data_parallel = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
-    return config.train.global_batch_size // (config.train.micro_batch_size * data_parallel)
 
 
 def _parameters_of_shard(parameters: RankParameters, config: Config, world_size: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsmoe_megatron.config import ModelConfig
+from dsmoe_megatron.planning.ranks import mlp_matrices, router_weights
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,12 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     """Parameters by part, of a recipe's model section that config_rules accepted."""
     layers, hidden = model.num_hidden_layers, model.hidden_size
     vectors_per_norm = 2 if model.norm_type == "layernorm" else 1
-    matrices_per_mlp = 3 if model.gated_mlp else 2
     return ParameterCount(
         attention_experts=layers * 2 * hidden * model.num_attention_heads * model.head_dim,
         key_value=layers * 2 * hidden * model.num_key_value_heads * model.head_dim,
-        attention_routers=layers * _router(model, model.num_attention_experts) * model.has_attention_router,
-        mlp_experts=layers * matrices_per_mlp * hidden * model.intermediate_size,
-        mlp_routers=layers * _router(model, model.num_experts) * model.has_mlp_router,
+        attention_routers=layers * router_weights(model, model.num_attention_experts) * model.has_attention_router,
+        mlp_experts=layers * mlp_matrices(model) * hidden * model.intermediate_size,
+        mlp_routers=layers * router_weights(model, model.num_experts) * model.has_mlp_router,
         norms=(2 * layers + 1) * vectors_per_norm * hidden,
         embeddings=_embeddings(model),
     )
@@ -86,12 +86,6 @@ def active_share(
     """active_parameters over all parameters without embeddings, 0 to 1."""
     active = active_parameters(model, active_mlp_experts, active_attention_experts)
     return active / count_parameters(model).total_without_embeddings
-
-
-def _router(model: ModelConfig, num_experts: int) -> int:
-    if model.router_type == "linear":
-        return model.hidden_size * num_experts
-    return model.router_hidden_size * (model.hidden_size + num_experts)
 
 
 def _embeddings(model: ModelConfig) -> int | None:

@@ -11,9 +11,8 @@ from dsmoe_megatron.errors import ConfigurationError, EnvironmentNotSupportedErr
 from dsmoe_megatron.planning.estimate import Estimate, PolicyEstimate, StageEstimate, require_vocabulary
 from dsmoe_megatron.planning.memory import RankMemory
 from dsmoe_megatron.planning.parameters import ParameterCount, count_parameters
-from dsmoe_megatron.planning.search import Candidate, SearchResult
+from dsmoe_megatron.planning.search import GIB, Candidate, SearchResult
 
-GIB = 2**30
 PICTURE_FORMATS = (".png", ".svg")
 
 

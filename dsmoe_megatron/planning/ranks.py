@@ -10,7 +10,9 @@ from math import prod
 from typing import Literal
 
 from dsmoe_megatron.config import Config, ModelConfig
+from dsmoe_megatron.config_rules import data_parallel_size
 
+FLOAT32 = 4
 ParameterKind = Literal["attention", "routers", "norms", "embeddings", "mlp", "experts"]
 
 
@@ -123,7 +125,7 @@ def _mlp(config: Config) -> Iterator[LocalWeight]:
     hidden, units = model.hidden_size, model.intermediate_size // mlp_ranks(config)
     prefixes = ["mlp"]
     if model.expert_training == "sparse":
-        units = model.moe_intermediate_size // (parallel.expert_tensor or parallel.tensor)
+        units = model.moe_intermediate_size // parallel.tensor_of_experts
         local_experts = model.num_experts // parallel.expert
         prefixes = [f"mlp.experts.local_experts.{expert}" for expert in range(local_experts)]
     for prefix in prefixes:
@@ -160,7 +162,7 @@ def communication_groups(config: Config, world_size: int, rank: int) -> dict[str
     stage, place = divmod(rank, stage_size)
     sizes = {"tensor": parallel.tensor, "context": parallel.context}
     sizes["data"] = stage_size // (parallel.tensor * parallel.context)
-    units = (parallel.expert_tensor or parallel.tensor) * parallel.expert
+    units = mlp_ranks(config)
     first, first_units = stage * stage_size, rank - place % units
 
     def along(axis: str) -> list[int]:
@@ -179,12 +181,22 @@ def communication_groups(config: Config, world_size: int, rank: int) -> dict[str
     }
 
 
+def micro_batches_per_step(config: Config, world_size: int) -> int:
+    """Micro-batches that one data-parallel replica runs in a step."""
+    return config.train.global_batch_size // (config.train.micro_batch_size * data_parallel_size(config, world_size))
+
+
+def element_bytes(config: Config) -> int:
+    """Bytes of a weight or an activation."""
+    return 2 if config.train.precision == "bf16" else FLOAT32
+
+
 def mlp_ranks(config: Config) -> int:
     """Ranks over which one layer's MLP weights are split."""
     parallel = config.parallel
     if not config.model.has_mlp_router:
         return parallel.tensor
-    return (parallel.expert_tensor or parallel.tensor) * parallel.expert
+    return parallel.tensor_of_experts * parallel.expert
 
 
 def experts_are_reduced_apart(config: Config) -> bool:
@@ -210,11 +222,3 @@ def routed_experts(model: ModelConfig) -> list[int]:
 def router_weights(model: ModelConfig, num_experts: int) -> int:
     """Weights of one router."""
     return sum(prod(weight.shape) for weight in _router("router", model, num_experts))
-
-
-def embeddings_of_stage(config: Config, pipeline_rank: int) -> int:
-    """Matrices of [vocabulary, hidden] that a stage holds: 0, 1 or 2."""
-    first, last = pipeline_rank == 0, pipeline_rank == config.parallel.pipeline - 1
-    if first and last:
-        return 1 if config.model.tie_word_embeddings else 2
-    return int(first or last)

@@ -15,6 +15,9 @@ from dsmoe_megatron.config import Config
 from dsmoe_megatron.planning.flops import FLASH_RECOMPUTE, training_flops
 from dsmoe_megatron.planning.hardware import Hardware
 from dsmoe_megatron.planning.ranks import (
+    FLOAT32,
+    element_bytes,
+    micro_batches_per_step,
     mlp_matrices,
     mlp_ranks,
     optimizer_shards,
@@ -23,12 +26,9 @@ from dsmoe_megatron.planning.ranks import (
     router_weights,
 )
 from dsmoe_megatron.planning.traffic import (
-    FLOAT32,
     Group,
     Parallelism,
     Transfer,
-    element_bytes,
-    micro_batches_per_step,
     step_traffic,
 )
 
@@ -264,8 +264,7 @@ def layer_work(config: Config, hardware: Hardware) -> LayerWork:
     held = tokens // parallel.tensor if parallel.sequence else tokens
     # an MLP that is split otherwise than by tensor parallelism computes on the tokens of its whole group
     ranks_of_mlp = mlp_ranks(config)
-    mlp_apart = ranks_of_mlp != parallel.tensor or parallel.expert > 1
-    mlp_tokens = float(held * ranks_of_mlp if mlp_apart else tokens)
+    mlp_tokens = float(held * ranks_of_mlp if parallel.splits_experts_apart else tokens)
     if model.expert_training == "sparse":
         mlp_tokens *= model.num_experts_per_tok / model.num_experts
     hidden, units, matrices = model.hidden_size, model.intermediate_size // ranks_of_mlp, mlp_matrices(model)

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dsmoe_megatron.config import Config
+from dsmoe_megatron.config_rules import data_parallel_size
 from dsmoe_megatron.planning.ranks import (
-    embeddings_of_stage,
+    FLOAT32,
+    element_bytes,
     experts_are_reduced_apart,
+    micro_batches_per_step,
     mlp_ranks,
     optimizer_shards,
     rank_parameters,
@@ -21,7 +24,6 @@ from dsmoe_megatron.planning.ranks import (
 
 Parallelism = Literal["tensor", "sequence", "expert", "context", "pipeline", "data"]
 Operation = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send"]
-FLOAT32 = 4
 CROSS_ENTROPY_REDUCTIONS = 3
 """Vocabulary-parallel cross-entropy reduces maximum, predicted logit and sum of exponentials, each [tokens]."""
 
@@ -59,18 +61,6 @@ class Transfer:
             return self.payload * self.calls
         rings = 2 if self.operation == "all_reduce" else 1
         return rings * self.payload * self.calls * (self.group.size - 1) / self.group.size
-
-
-def micro_batches_per_step(config: Config, world_size: int) -> int:
-    """Micro-batches that one data-parallel replica runs in a step."""
-    parallel, train = config.parallel, config.train
-    data = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
-    return train.global_batch_size // (train.micro_batch_size * data)
-
-
-def element_bytes(config: Config) -> int:
-    """Bytes of a weight or an activation."""
-    return 2 if config.train.precision == "bf16" else 4
 
 
 def step_traffic(config: Config, world_size: int, pipeline_rank: int) -> list[Transfer]:
@@ -112,13 +102,11 @@ class _Plan:
         self.forwards = 2 if config.train.recompute == "full" else 1
         self.tensor_group = Group(parallel.tensor, 1)
         self.context_group = Group(parallel.context, parallel.tensor)
-        self.data_group = Group(
-            world_size // (parallel.tensor * parallel.pipeline * parallel.context), parallel.tensor * parallel.context
-        )
+        self.data_group = Group(data_parallel_size(config, world_size), parallel.tensor * parallel.context)
         self.tensor_or_sequence: Parallelism = "sequence" if parallel.sequence else "tensor"
-        self.expert_tensor = parallel.expert_tensor or parallel.tensor
+        self.expert_tensor = parallel.tensor_of_experts
         # the MLP then has a group of its own, with sequence parallelism over it
-        self.mlp_apart = config.model.has_mlp_router and (parallel.expert > 1 or self.expert_tensor != parallel.tensor)
+        self.mlp_apart = parallel.splits_experts_apart
         self.mlp_group = Group(mlp_ranks(config), 1) if self.mlp_apart else self.tensor_group
         self.mlp_parallelism: Parallelism = "expert" if self.mlp_apart else self.tensor_or_sequence
 
@@ -221,7 +209,7 @@ class _Plan:
         first, last = self.pipeline_rank == 0, self.pipeline_rank == stages - 1
         # outputs go on from all chunks but the model's last, gradients back from all but its first
         yield Transfer("pipeline", "send", group, payload, self.micro_batches * (2 * chunks - first - last))
-        if self.model.tie_word_embeddings and embeddings_of_stage(self.config, self.pipeline_rank):
+        if self.model.tie_word_embeddings and (first or last):
             embedding = self.model.padded_vocab_size // self.parallel.tensor * self.model.hidden_size * FLOAT32
             yield Transfer("pipeline", "all_reduce", Group(2, group.stride * (stages - 1)), embedding, 1)
 

@@ -18,11 +18,6 @@ from dsmoe_megatron.config import ParallelConfig
 from dsmoe_megatron.errors import DSMoEError
 
 
-def world_size_from_environment() -> int:
-    """Processes that torchrun or srun announced; 1 where nothing is announced."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def prepare_device() -> torch.device:
     """Choose this process's device, before anything of megatron.core is imported.
 
@@ -103,7 +98,7 @@ def model_parallel_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.expert_tensor or parallel.tensor,
+        expert_tensor_parallel_size=parallel.tensor_of_experts,
     )
     try:
         torch.manual_seed(seed)
