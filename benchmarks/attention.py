@@ -7,24 +7,20 @@ scores, so it is measured up to --longest-written-out. Both after a prefix (a co
 without. Live bytes are the profiler's, without the inputs.
 """
 
-import json
 import math
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
-from jsonargparse.typing import Path_fc, PositiveInt
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 
-from benchmarks.measuring import surroundings, surroundings_line, table
+from benchmarks.measuring import benchmark_parser, run_benchmark, surroundings, surroundings_line, table
 from benchmarks.scaling import exponent
-from data_tools.indexed_dataset import write_whole
 from dsmoe_megatron.config import Config, ModelConfig, ParallelConfig
-from dsmoe_megatron.errors import DSMoEError, exit_with
 from dsmoe_megatron.model.causal_attention import causal_attention
 from dsmoe_megatron.runtime.distributed import model_parallel_groups, prepare_device, process_group
 from dsmoe_megatron.runtime.live_memory import live_bytes
@@ -107,26 +103,22 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join([surroundings_line(report["surroundings"]), "", shape, "", *table(header, rows)])
 
 
+def run(arguments: Namespace) -> dict[str, Any]:
+    torch.set_num_threads(arguments.threads)
+    return measure(arguments.lengths, arguments.longest_written_out, prepare_device())
+
+
 def build_parser() -> ArgumentParser:
     """The command line."""
-    parser = ArgumentParser(prog="python -m benchmarks.attention", description="Core attention against the length")
+    parser = benchmark_parser("attention", "Core attention against the length")
     parser.add_argument("--lengths", type=list[PositiveInt], default=[2048, 8192, 32768], help="a geometric series")
     parser.add_argument("--longest-written-out", type=PositiveInt, default=8192, help="Megatron-Core's is run up to it")
     parser.add_argument("--threads", type=PositiveInt, default=2, help="threads of one operation on the CPU")
-    parser.add_argument("--json", type=Path_fc, default=None, metavar="FILE", help="write the report here as well")
     return parser
 
 
 def main() -> None:
-    arguments = build_parser().parse_args()
-    torch.set_num_threads(arguments.threads)
-    try:
-        report = measure(arguments.lengths, arguments.longest_written_out, prepare_device())
-    except DSMoEError as error:
-        exit_with(error, "attention")
-    print(as_markdown(report))
-    if arguments.json is not None:
-        write_whole(Path(arguments.json), (json.dumps(report, indent=2) + "\n").encode())
+    run_benchmark(build_parser(), run, as_markdown)
 
 
 if __name__ == "__main__":

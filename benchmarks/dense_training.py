@@ -8,7 +8,6 @@ backward) and a whole training step, in time and in live tensor bytes. Seconds d
 runs there: the results are ratios within a repeat; the order of the models changes from repeat to repeat.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -18,25 +17,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
-from jsonargparse.typing import Path_fc, PositiveInt
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 
 from benchmarks.measuring import (
     Run,
     Seconds,
+    benchmark_parser,
     paired_seconds,
     processor_entry,
+    run_benchmark,
     single_batch,
     surroundings,
     surroundings_line,
     table,
     training_step,
 )
-from data_tools.indexed_dataset import write_whole
 from dsmoe_megatron.config import Config, ModelConfig, ParallelConfig
 from dsmoe_megatron.config_parsing import load_config
 from dsmoe_megatron.config_rules import check_config
-from dsmoe_megatron.errors import DSMoEError, exit_with
 from dsmoe_megatron.planning.parameters import count_parameters
 from dsmoe_megatron.runtime.distributed import model_parallel_groups, prepare_device, process_group
 from dsmoe_megatron.runtime.live_memory import live_bytes
@@ -288,29 +287,23 @@ def _verdict(judged: dict[str, Any]) -> str:
     return f", {judged['limit']}: {'met' if judged['met'] else 'MISSED'}" if "met" in judged else ""
 
 
+def run(arguments: Namespace) -> dict[str, Any]:
+    torch.set_num_threads(arguments.threads)
+    cases = full_cases() if arguments.size == "full" else tiny_cases()
+    return measure(cases, arguments.repeats, prepare_device())
+
+
 def build_parser() -> ArgumentParser:
     """The command line."""
-    parser = ArgumentParser(
-        prog="python -m benchmarks.dense_training", description="Speed and memory of dense MoE training"
-    )
+    parser = benchmark_parser("dense_training", "Speed and memory of dense MoE training")
     parser.add_argument("--repeats", type=PositiveInt, default=18, help="timed runs of each model")
     parser.add_argument("--threads", type=PositiveInt, default=2, help="threads of one operation on the CPU")
-    parser.add_argument("--json", type=Path_fc, default=None, metavar="FILE", help="write the report here as well")
     parser.add_argument("--size", choices=["full", "tiny"], default="full", help="tiny: seconds, shows that all runs")
     return parser
 
 
 def main() -> None:
-    arguments = build_parser().parse_args()
-    torch.set_num_threads(arguments.threads)
-    try:
-        cases = full_cases() if arguments.size == "full" else tiny_cases()
-        report = measure(cases, arguments.repeats, prepare_device())
-    except DSMoEError as error:
-        exit_with(error, "dense_training")
-    print(as_markdown(report))
-    if arguments.json is not None:
-        write_whole(Path(arguments.json), (json.dumps(report, indent=2) + "\n").encode())
+    run_benchmark(build_parser(), run, as_markdown)
 
 
 if __name__ == "__main__":

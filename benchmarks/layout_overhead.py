@@ -7,7 +7,6 @@ parallelism communicates once a step, the others in every layer: on a machine wh
 this shows the overhead of the code and of gloo, not of a network.
 """
 
-import json
 import multiprocessing
 import statistics
 import sys
@@ -19,14 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
-from jsonargparse.typing import Path_fc, PositiveInt
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 
-from benchmarks.measuring import paired_seconds, random_micro_batches, surroundings, surroundings_line, table
-from data_tools.indexed_dataset import write_whole
+from benchmarks.measuring import (
+    benchmark_parser,
+    paired_seconds,
+    run_benchmark,
+    surroundings,
+    surroundings_line,
+    table,
+    training_step,
+)
 from dsmoe_megatron.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from dsmoe_megatron.config_rules import check_config
-from dsmoe_megatron.errors import DSMoEError, exit_with
 from dsmoe_megatron.runtime.distributed import end_with_parent, model_parallel_groups, prepare_device
 
 REFERENCE = "DP2"
@@ -92,21 +97,16 @@ def _serve(connection: Connection, config: Config, rank: int, store: str) -> Non
     torch.set_num_threads(1)
     device = prepare_device()
 
-    from megatron.core import parallel_state
-
-    from dsmoe_megatron.training.engines.megatron import MegatronEngine
-
     timeout = timedelta(minutes=5)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES, timeout=timeout)
     with model_parallel_groups(config.parallel, config.train.seed):
-        engine = MegatronEngine(config, device)
-        batches = random_micro_batches(config, parallel_state.get_data_parallel_world_size())
+        step = training_step(config, device)
         while True:
             try:
                 connection.recv()
             except EOFError:
                 return
-            engine.train_step(batches)
+            step()
             connection.send(None)
 
 
@@ -156,25 +156,21 @@ def as_markdown(report: dict[str, Any]) -> str:
     )
 
 
+def run(arguments: Namespace) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return measure(arguments.size, arguments.repeats)
+
+
 def build_parser() -> ArgumentParser:
     """The command line."""
-    parser = ArgumentParser(prog="python -m benchmarks.layout_overhead", description="TP and EP beside DP")
+    parser = benchmark_parser("layout_overhead", "TP and EP beside DP")
     parser.add_argument("--repeats", type=PositiveInt, default=15, help="timed steps of each layout")
-    parser.add_argument("--json", type=Path_fc, default=None, metavar="FILE", help="write the report here as well")
     parser.add_argument("--size", choices=["full", "tiny"], default="full", help="tiny: seconds, shows that all runs")
     return parser
 
 
 def main() -> None:
-    arguments = build_parser().parse_args()
-    torch.set_num_threads(1)
-    try:
-        report = measure(arguments.size, arguments.repeats)
-    except DSMoEError as error:
-        exit_with(error, "layout_overhead")
-    print(as_markdown(report))
-    if arguments.json is not None:
-        write_whole(Path(arguments.json), (json.dumps(report, indent=2) + "\n").encode())
+    run_benchmark(build_parser(), run, as_markdown)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What the benchmarks share: timing in turns, where they ran, tables."""
 
 import importlib.metadata
-import itertools
+import json
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import Path_fc
 
+from data_tools.indexed_dataset import write_whole
 from dsmoe_megatron.config import Config, ModelConfig, TrainConfig
+from dsmoe_megatron.errors import DSMoEError, exit_with
 from dsmoe_megatron.runtime.live_memory import no_garbage_collection
 
 WARMUPS = 2
@@ -28,15 +33,15 @@ class Seconds:
 
 
 def paired_seconds(runs: dict[str, Run], repeats: int, device: torch.device) -> dict[str, list[Seconds]]:
-    """Every run in every repeat, one order of them after the other: what ran before leaves its mark on the caches."""
-    orders = list(itertools.islice(itertools.permutations(runs), 720))
+    """Every run in every repeat, in changing order: what ran before leaves its mark on the caches."""
+    order = random.Random(1234)
     seconds: dict[str, list[Seconds]] = {name: [] for name in runs}
     for _ in range(WARMUPS):
         for run in runs.values():
             run()
-    for repeat in range(repeats):
+    for _ in range(repeats):
         with no_garbage_collection():
-            for name in orders[repeat * 7919 % len(orders)]:
+            for name in order.sample(list(runs), len(runs)):
                 seconds[name].append(_timed(runs[name], device))
     return seconds
 
@@ -56,26 +61,23 @@ def wait_for(device: torch.device) -> None:
 
 def training_step(config: Config, device: torch.device) -> Run:
     """One optimizer step on random tokens, by the engine that trains; model-parallel groups exist."""
+    from megatron.core import parallel_state
+
     from dsmoe_megatron.training.engines.megatron import MegatronEngine
 
-    engine = MegatronEngine(config, device)
-    batches = random_micro_batches(config)
-    return lambda: engine.train_step(batches)
-
-
-def random_micro_batches(config: Config, data_parallel: int = 1) -> list[dict[str, torch.Tensor]]:
-    """One data-parallel rank's micro-batches of one step."""
-    train = config.train
+    engine, train = MegatronEngine(config, device), config.train
+    samples = train.global_batch_size // parallel_state.get_data_parallel_world_size()
     shape = (train.micro_batch_size, train.sequence_length)
-    return [
+    micro_batches = [
         {
             "tokens": torch.randint(config.model.padded_vocab_size, shape),
             "labels": torch.randint(config.model.padded_vocab_size, shape),
             "loss_mask": torch.ones(shape),
-            "position_ids": torch.arange(train.sequence_length).expand(shape),
+            "position_ids": torch.arange(train.sequence_length).repeat(train.micro_batch_size, 1),
         }
-        for _ in range(train.global_batch_size // train.micro_batch_size // data_parallel)
+        for _ in range(samples // train.micro_batch_size)
     ]
+    return lambda: engine.train_step(micro_batches)
 
 
 def single_batch(model: ModelConfig, samples: int, sequence_length: int) -> Config:
@@ -111,3 +113,30 @@ def surroundings_line(around: dict[str, Any]) -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def benchmark_parser(module: str, description: str) -> ArgumentParser:
+    """A command line with the option that every benchmark has."""
+    parser = ArgumentParser(prog=f"python -m benchmarks.{module}", description=description)
+    parser.add_argument("--json", type=Path_fc, default=None, metavar="FILE", help="write the report here as well")
+    return parser
+
+
+def run_benchmark(
+    parser: ArgumentParser, measure: Callable[[Namespace], dict[str, Any]], as_markdown: Callable[[dict[str, Any]], str]
+) -> None:
+    """Measure, print the tables and write the report; a fault that the user can mend ends the process with one line.
+
+    Args:
+        parser: of benchmark_parser.
+        measure: makes the report from the arguments.
+        as_markdown: its tables.
+    """
+    arguments = parser.parse_args()
+    try:
+        report = measure(arguments)
+    except DSMoEError as error:
+        exit_with(error, parser.prog)
+    print(as_markdown(report))
+    if arguments.json is not None:
+        write_whole(Path(arguments.json), (json.dumps(report, indent=2) + "\n").encode())

@@ -6,23 +6,28 @@ One dimension at a time is doubled twice; the exponent of time is fitted beside 
 planner counts. The share of gate and routers is the profiler's, by operation.
 """
 
-import json
 import math
 import statistics
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
-from jsonargparse.typing import Path_fc, PositiveInt
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measuring import paired_seconds, single_batch, surroundings, surroundings_line, table, training_step
-from data_tools.indexed_dataset import write_whole
+from benchmarks.measuring import (
+    benchmark_parser,
+    paired_seconds,
+    run_benchmark,
+    single_batch,
+    surroundings,
+    surroundings_line,
+    table,
+    training_step,
+)
 from dsmoe_megatron.config import Config, ModelConfig, ParallelConfig
-from dsmoe_megatron.errors import DSMoEError, exit_with
 from dsmoe_megatron.planning.flops import training_flops
 from dsmoe_megatron.runtime.distributed import model_parallel_groups, prepare_device, process_group
 
@@ -176,26 +181,22 @@ def as_markdown(report: dict[str, Any]) -> str:
     )
 
 
+def run(arguments: Namespace) -> dict[str, Any]:
+    torch.set_num_threads(arguments.threads)
+    return measure(arguments.size, arguments.repeats, prepare_device())
+
+
 def build_parser() -> ArgumentParser:
     """The command line."""
-    parser = ArgumentParser(prog="python -m benchmarks.scaling", description="How a training step's cost grows")
+    parser = benchmark_parser("scaling", "How a training step's cost grows")
     parser.add_argument("--repeats", type=PositiveInt, default=9, help="timed runs of each size")
     parser.add_argument("--threads", type=PositiveInt, default=2, help="threads of one operation on the CPU")
-    parser.add_argument("--json", type=Path_fc, default=None, metavar="FILE", help="write the report here as well")
     parser.add_argument("--size", choices=["full", "tiny"], default="full", help="tiny: seconds, shows that all runs")
     return parser
 
 
 def main() -> None:
-    arguments = build_parser().parse_args()
-    torch.set_num_threads(arguments.threads)
-    try:
-        report = measure(arguments.size, arguments.repeats, prepare_device())
-    except DSMoEError as error:
-        exit_with(error, "scaling")
-    print(as_markdown(report))
-    if arguments.json is not None:
-        write_whole(Path(arguments.json), (json.dumps(report, indent=2) + "\n").encode())
+    run_benchmark(build_parser(), run, as_markdown)
 
 
 if __name__ == "__main__":

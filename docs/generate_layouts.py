@@ -5,10 +5,11 @@ python -m docs.generate_layouts > docs/layouts.md
 
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
+from benchmarks.measuring import table
 from tests.layout_cases import MODELS, STEPS, TOLERANCE, Case, Differences, Runs, cases
 from tests.worker_pool import WorkerPool
 
@@ -61,9 +62,10 @@ def main() -> None:
     for model in MODELS:
         own = [case for case in everything if case.model == model and case.precision == "fp32"]
         print(f"## {model}\n")
-        print_table(row(case.name, case, runs.differences(case)) for case in own)
+        print(*table(HEADER, [row(case.name, case, runs.differences(case)) for case in own]), "", sep="\n")
     print(BF16)
-    print_table(bf16_rows(runs, [case for case in everything if case.precision == "bf16"]))
+    half_precision = [case for case in everything if case.precision == "bf16"]
+    print(*table(HEADER, list(bf16_rows(runs, half_precision))), "", sep="\n")
     print(LIMITS, end="")
 
 
@@ -83,12 +85,6 @@ def bf16_rows(runs: Runs, half_precision: list[Case]) -> Iterator[tuple[str, ...
 def row(name: str, case: Case, found: Differences) -> tuple[str, ...]:
     parameter = f"`{found.worst_parameter}`" if found.gradient else ""
     return (name, str(case.processes), *(f"{value:.1e}" if value else "0" for _, value in found), parameter)
-
-
-def print_table(rows: Iterable[tuple[str, ...]]) -> None:
-    for cells in (HEADER, ("---",) * len(HEADER), *rows):
-        print(f"| {' | '.join(cells)} |")
-    print()
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ python -m docs.generate_reality > docs/estimate_against_reality.md
 
 import importlib.metadata
 import platform
-from collections.abc import Iterable
 
 from tqdm import tqdm
 
+from benchmarks.measuring import table
 from dsmoe_megatron.planning.memory import rank_memory
 from tests.planning.test_memory import CASES, TOLERANCE, Measured, config_of, measure
 from tests.planning.test_simulated_layouts import LAYOUTS
@@ -46,14 +46,14 @@ def main() -> None:
     memory = [memory_row(pool, name) for name in tqdm(CASES)]
     simulated = build_layouts(pool, LAYOUTS, [ends_and_middle(layout) for layout in LAYOUTS])
     print(INTRODUCTION)
-    print_table(MEMORY_HEADER, memory)
+    print(*table(MEMORY_HEADER, memory), "", sep="\n")
     print(SIMULATED)
     rows = [
         simulated_row(layout.name, layout.processes, rank)
         for layout, ranks in zip(LAYOUTS, simulated, strict=True)
         for rank in ranks
     ]
-    print_table(SIMULATED_HEADER, rows)
+    print(*table(SIMULATED_HEADER, rows), "", sep="\n")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core"))
     print(f"Made with Python {platform.python_version()}, {versions}.")
 
@@ -85,12 +85,6 @@ def simulated_row(name: str, processes: int, rank: BuiltRank) -> tuple[str, ...]
     built, predicted = (f"{sum(counts.values()):,}" for counts in (rank.parameters, rank.predicted))
     verdict = "equal" if rank.is_as_predicted else "DIFFERENT"
     return (name, str(processes), str(rank.rank), str(rank.stage), built, predicted, groups, verdict)
-
-
-def print_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    for cells in (header, ("---",) * len(header), *rows):
-        print(f"| {' | '.join(cells)} |")
-    print()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ other are attended to one by one.
 Shape suffixes: S sequence, B micro-batch, N query heads, K key/value heads, D head dim.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class ScaledDotProductCoreAttention(torch.nn.Module):
         if starts_BS is None:
             return self._attend_from(query_SBND, key_SBKD[:end], value_SBKD[:end])
         samples = []
-        for sample, starts in enumerate(starts_BS.tolist()):
+        for sample, starts_S in enumerate(starts_BS):
             own = slice(sample, sample + 1)
             documents = [
                 self._attend_from(
@@ -89,7 +90,7 @@ class ScaledDotProductCoreAttention(torch.nn.Module):
                     key_SBKD[start:stop, own],
                     value_SBKD[start:stop, own],
                 )
-                for start, begin, stop in _documents(starts, first)
+                for start, begin, stop in _documents(starts_S, first)
             ]
             samples.append(torch.cat(documents))
         return torch.cat(samples, dim=1)
@@ -131,12 +132,9 @@ def document_starts(position_ids_BS: Tensor, rank: int, ranks: int) -> Tensor:
     return starts_BS.unflatten(1, (2 * ranks, -1))[:, list(zigzag_places(rank, ranks))].flatten(1)
 
 
-def _documents(starts: list[int], first: int) -> list[tuple[int, int, int]]:
+def _documents(starts_S: Tensor, first: int) -> Iterator[tuple[int, int, int]]:
     """(first key, first query, position after the last query) of each document in a run of queries from `first` on."""
-    documents: list[tuple[int, int, int]] = []
-    for position, start in enumerate(starts, start=first):
-        if documents and documents[-1][0] == start:
-            documents[-1] = (start, documents[-1][1], position + 1)
-        else:
-            documents.append((start, position, position + 1))
-    return documents
+    begin = first
+    for start, queries in zip(*map(Tensor.tolist, torch.unique_consecutive(starts_S, return_counts=True)), strict=True):
+        yield start, begin, begin + queries
+        begin += queries

@@ -226,8 +226,8 @@ def mutual_information_loss(
     Returns:
         Scalar, float32.
     """
-    weight_T = log_scores_TE.new_ones(log_scores_TE.shape[0]) if token_mask_T is None else token_mask_T.float()
-    loss: Tensor = _MutualInformation.apply(log_scores_TE, weight_T.to(log_scores_TE.dtype), groups)
+    weight_T = log_scores_TE.new_ones(len(log_scores_TE)) if token_mask_T is None else token_mask_T.to(log_scores_TE)
+    loss: Tensor = _MutualInformation.apply(log_scores_TE, weight_T, groups)
     return loss
 
 
@@ -244,8 +244,9 @@ class _MutualInformation(torch.autograd.Function):
         sums = torch.cat([weight_T @ scores_TE, weight_T.sum()[None]])  # [E + 1]: summed scores, token count
         for group in groups:
             dist.all_reduce(sums, group=group)
-        share_T = weight_T / sums[-1].clamp(min=1.0)
-        log_mean_E = (sums[:-1] / sums[-1].clamp(min=1.0)).clamp(min=torch.finfo(torch.float32).tiny).log()
+        count = sums[-1].clamp(min=1.0)
+        share_T = weight_T / count
+        log_mean_E = (sums[:-1] / count).clamp(min=torch.finfo(torch.float32).tiny).log()
         divergence_T = scores_TE.mul_(log_scores_TE - log_mean_E).sum(dim=-1)
         ctx.save_for_backward(log_scores_TE, log_mean_E, share_T)
         return -(share_T @ divergence_T)

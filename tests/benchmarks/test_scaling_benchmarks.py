@@ -33,7 +33,7 @@ def test_scaling(tmp_path: Path) -> None:
     assert exponents["micro-batches"] == pytest.approx(1.0)
     assert 0.8 < exponents["layers"] < 1.0  # the output layer stays as it is
     assert exponents["sequence length"] > 1.0 > exponents["MLP experts"]
-    assert 1.5 < exponents.pop("width (hidden, heads' and experts' width)") < 2.0
+    assert 1.5 < exponents["width (hidden, heads' and experts' width)"] < 2.0
     assert all(len(row["seconds"]) == 3 for row in report["scaling"])
     assert all(0 < row["share"] < 1 for row in report["share"])
 

@@ -1,13 +1,12 @@
 """The planned bytes of a rank are those that its tensors have at the peak of a real training step, on a CPU."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from dsmoe_megatron.config import Config, ModelConfig, ParallelConfig, TrainConfig
-from dsmoe_megatron.config_rules import check_config, data_parallel_size
+from dsmoe_megatron.config_rules import check_config
 from dsmoe_megatron.planning.memory import rank_memory
 from dsmoe_megatron.runtime.live_memory import LiveBytes
 from tests.worker_pool import WorkerPool
@@ -92,34 +91,13 @@ def measure(config: Config) -> Measured:
     import torch
     from megatron.core import parallel_state
 
+    from benchmarks.measuring import training_step
     from dsmoe_megatron.runtime.distributed import model_parallel_groups
     from dsmoe_megatron.runtime.live_memory import live_bytes
 
     with model_parallel_groups(config.parallel, seed=1):
-        live = live_bytes(lambda: training_step(config), torch.device("cpu"))
+        live = live_bytes(lambda: training_step(config, torch.device("cpu")), torch.device("cpu"))
         return Measured(parallel_state.get_pipeline_model_parallel_rank(), live)
-
-
-def training_step(config: Config) -> Callable[[], object]:
-    """An optimizer step on random tokens."""
-    import torch
-    import torch.distributed as dist
-
-    from dsmoe_megatron.training.engines.megatron import MegatronEngine
-
-    engine, train = MegatronEngine(config, torch.device("cpu")), config.train
-    samples = train.global_batch_size // data_parallel_size(config, dist.get_world_size())
-    shape = (train.micro_batch_size, train.sequence_length)
-    micro_batches = [
-        {
-            "tokens": torch.randint(config.model.padded_vocab_size, shape),
-            "labels": torch.randint(config.model.padded_vocab_size, shape),
-            "loss_mask": torch.ones(shape),
-            "position_ids": torch.arange(train.sequence_length).repeat(train.micro_batch_size, 1),
-        }
-        for _ in range(samples // train.micro_batch_size)
-    ]
-    return lambda: engine.train_step(micro_batches)
 
 
 @pytest.mark.parametrize("name", CASES)
