@@ -24,8 +24,8 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveFloat
 
-from data_tools.documents import MAX_FILE_BYTES
 from data_tools.indexed_dataset import write_whole
+from data_tools.sources import MAX_FILE_BYTES
 from dsmoe_megatron.errors import DataError, DSMoEError, exit_with
 
 CORPUS_FORMAT = 1

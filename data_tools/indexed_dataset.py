@@ -7,6 +7,7 @@ The files are byte for byte what megatron-core's IndexedDatasetBuilder writes fo
 import hashlib
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -20,6 +21,7 @@ INDEX_HEADER = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 DTYPE_CODES = {"uint16": 8, "int32": 4}
 UINT16_VOCABULARY_LIMIT = 65500  # megatron-core's, not 65536
+PATHS = "paths.jsonl"  # suffix of the file that tells what file each document is
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -35,32 +37,38 @@ def dataset_path(prefix: str | Path, suffix: str) -> Path:
 class IndexedDatasetWriter:
     """Writes documents one after the other; the files get their names when all of it is on the disk.
 
-    Used as a context manager. Until `publish` there are only PREFIX.bin.tmp and PREFIX.idx.tmp, and leaving the context
+    Used as a context manager. Until `publish` there are only PREFIX.bin.tmp and its siblings, and leaving the context
     without it removes them.
 
     Args:
         prefix: path of the dataset without `.bin` and `.idx`; its folder is made.
         dtype: type of the ids in the file, see `token_dtype`.
+        with_paths: also write PREFIX.paths.jsonl, the file that each document is.
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype[Any]) -> None:
+    def __init__(self, prefix: str | Path, dtype: np.dtype[Any], with_paths: bool = False) -> None:
         self.dtype = dtype
-        self.bin_path, self.idx_path = dataset_path(prefix, "bin"), dataset_path(prefix, "idx")
+        self._paths = {suffix: dataset_path(prefix, suffix) for suffix in ("bin", "idx")}
+        if with_paths:
+            self._paths[PATHS] = dataset_path(prefix, PATHS)
         self._lengths: list[npt.NDArray[np.int32]] = []
-        self._hash = hashlib.sha256()
-        self._bin_bytes = 0
+        self._hashes = {suffix: hashlib.sha256() for suffix in self._paths}
+        self._bytes = dict.fromkeys(self._paths, 0)
+        self._files: dict[str, BinaryIO] = {}
 
     def __enter__(self) -> "IndexedDatasetWriter":
-        self.bin_path.parent.mkdir(parents=True, exist_ok=True)
-        self._bin: BinaryIO = _temporary(self.bin_path).open("wb")
+        for suffix, path in self._paths.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._files[suffix] = temporary(path).open("wb")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bin.close()
-        for path in (self.bin_path, self.idx_path):
-            _temporary(path).unlink(missing_ok=True)
+        for suffix, path in self._paths.items():
+            with suppress(OSError):  # of a full disk, which has been told
+                self._files[suffix].close()
+            temporary(path).unlink(missing_ok=True)
 
     def add_documents(self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
         """Append documents.
@@ -71,40 +79,51 @@ class IndexedDatasetWriter:
         """
         if ids.dtype != self.dtype or len(ids) != lengths.sum():
             raise ValueError(f"{len(ids)} {ids.dtype} ids for {lengths.sum()} {self.dtype} ones")
-        content = ids.tobytes()
-        self._bin.write(content)
-        self._hash.update(content)
-        self._bin_bytes += len(content)
+        self.append("bin", ids.tobytes())
+        self.append_lengths(lengths)
+
+    def append(self, suffix: str, content: bytes) -> None:
+        """Append to the ids (bin) or the paths of documents; their lengths are told by `append_lengths`."""
+        self._files[suffix].write(content)
+        self._hashes[suffix].update(content)
+        self._bytes[suffix] += len(content)
+
+    def append_lengths(self, lengths: npt.NDArray[np.int32]) -> None:
+        """Tell the lengths of documents whose ids have been or will be appended, [documents]."""
         self._lengths.append(lengths.astype(np.int32))
 
     def seal(self) -> dict[str, dict[str, Any]]:
         """Bring all of it to the disk, still under the temporary names.
 
         Returns:
-            {"bin": {"bytes", "sha256"}, "idx": {"bytes", "sha256"}}.
+            {"bin": {"bytes", "sha256"}, "idx": {"bytes", "sha256"}}, and the paths' where they are written.
+
+        Raises:
+            ValueError: ids and lengths do not belong together.
         """
-        _sync(self._bin)
-        self._bin.close()
-        index = self._index()
-        with _temporary(self.idx_path).open("wb") as idx:
-            idx.write(index)
-            _sync(idx)
+        tokens = sum(int(lengths.sum(dtype=np.int64)) for lengths in self._lengths)
+        if tokens * self.dtype.itemsize != self._bytes["bin"]:
+            raise ValueError(f"{self._bytes['bin']} bytes are not {tokens} ids of {self.dtype}")
+        self.append("idx", self._index())
+        for file in self._files.values():
+            sync(file)
+            file.close()
         return {
-            "bin": {"bytes": self._bin_bytes, "sha256": self._hash.hexdigest()},
-            "idx": {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()},
+            suffix: {"bytes": self._bytes[suffix], "sha256": digest.hexdigest()}
+            for suffix, digest in self._hashes.items()
         }
 
     def publish(self) -> None:
         """Give the sealed files their names."""
-        for path in (self.bin_path, self.idx_path):
-            _temporary(path).replace(path)
-        _sync_folder(self.bin_path.parent)
+        for path in self._paths.values():
+            temporary(path).replace(path)
+        sync_folder(self._paths["bin"].parent)
 
     def _index(self) -> bytes:
         """Header, dtype code, counts, then per document its length and the byte that it starts at; every document is
         one sequence, so the last table, of the documents' first sequences, is 0, 1, 2 ..."""
         if not self._lengths:
-            raise DataError(f"{self.bin_path} would hold no document")
+            raise DataError(f"{self._paths['bin']} would hold no document")
         lengths = np.concatenate(self._lengths)
         starts = np.zeros(len(lengths), np.int64)
         np.cumsum(lengths[:-1], dtype=np.int64, out=starts[1:])
@@ -116,23 +135,25 @@ class IndexedDatasetWriter:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a small file so that it is there whole or not at all."""
-    with _temporary(path).open("wb") as file:
+    with temporary(path).open("wb") as file:
         file.write(content)
-        _sync(file)
-    _temporary(path).replace(path)
-    _sync_folder(path.parent)
+        sync(file)
+    temporary(path).replace(path)
+    sync_folder(path.parent)
 
 
-def _temporary(path: Path) -> Path:
+def temporary(path: Path) -> Path:
+    """The name that a file has while it is written."""
     return path.with_name(path.name + ".tmp")
 
 
-def _sync(file: BinaryIO) -> None:
+def sync(file: BinaryIO) -> None:
+    """Wait until the file is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """A new name survives a power cut only once its folder is on the disk too."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

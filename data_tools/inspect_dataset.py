@@ -74,8 +74,13 @@ def statistics(prefix: str, index: DatasetIndex, manifest: dict[str, Any] | None
         yield f"no {manifest_path(prefix).name}: tokenizer and bytes of text are unknown"
     else:
         spec, vocab_size = manifest["tokenizer"]["spec"], manifest["tokenizer"]["vocab_size"]
+        end = (
+            "nothing"
+            if manifest["options"]["end_of_document"] == "none"
+            else manifest["tokenizer"]["end_of_document_id"]
+        )
         yield f"{manifest['text_bytes']:,} bytes of text, {manifest['text_bytes'] / tokens:.2f} per token"
-        yield f"tokenizer {spec}: {vocab_size:,} ids, {manifest['tokenizer']['end_of_document_id']} ends a document"
+        yield f"tokenizer {spec}: {vocab_size:,} ids, {end} ends a document"
 
     yield f"\ntokens per document: mean {tokens / len(index):,.1f}"
     # of the documents that are there, not between two of them

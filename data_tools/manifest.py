@@ -1,10 +1,11 @@
 """PREFIX.manifest.json: what a dataset holds and what it was made from. Written last, it vouches for the other files.
 
-{"format": 1, "documents", "tokens", "text_bytes", "dtype",
- "tokenizer": {"spec", "kind", "vocab_size", "fingerprint", "end_of_document_id"},
- "files": {"bin": {"bytes", "sha256"}, "idx": {"bytes", "sha256"}},
- "sources": [{"path", "files", "bytes", "state", "documents", "skipped": {reason: count}}],
- "skipped": {reason: count}, "invalid_utf8_replaced", "options": {...}, "versions": {...},
+{"format": 1, "documents", "tokens", "text_bytes", "dtype", "set": name or null,
+ "tokenizer": {"spec", "kind", "vocab_size", "fingerprint", "end_of_document_id"}, "encoder": gigatoken | reference,
+ "files": {"bin": {"bytes", "sha256"}, "idx": {"bytes", "sha256"}, "paths.jsonl": where a source is a folder},
+ "sources": [{"path", "kind", "files", "bytes", "state", "sha256", "left_out", "documents", "skipped": {reason: n}}],
+ "skipped": {reason: n}, "malformed_first": ["file:line: what is wrong"], "invalid_utf8_replaced",
+ "long_documents_split", "options": {...}, "versions": {...},
  "checksum": SHA-256 over all of the above, see `manifest_checksum`}
 """
 
@@ -15,8 +16,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from data_tools.documents import MAX_FILE_BYTES, Source
 from data_tools.indexed_dataset import dataset_path, write_whole
+from data_tools.sources import Source
 from dsmoe_megatron.errors import DataError
 from dsmoe_megatron.tokenizers import Tokenizer, load_tokenizer
 
@@ -30,17 +31,22 @@ MANIFEST_CONTENT: dict[str, Any] = {  # what every reader may rely on
     "tokenizer": {"spec": str, "kind": str, "vocab_size": int, "fingerprint": str, "end_of_document_id": int},
     "files": {name: {"bytes": int, "sha256": str} for name in ("bin", "idx")},
     "sources": list,
-    "options": {"special_tokens": str},
+    "options": {"special_tokens": str, "end_of_document": str},
     "checksum": str,
 }
-REPORTED_LIBRARIES = ("dsmoe-megatron", "numpy", "sentencepiece", "tokenizers", "transformers", "zstandard")
+REPORTED_LIBRARIES = (
+    *("dsmoe-megatron", "datatrove", "gigatoken", "numpy", "orjson", "pyarrow", "sentencepiece", "tokenizers"),
+    *("transformers", "zstandard"),
+)
 
 
 def manifest_path(prefix: str) -> Path:
     return dataset_path(prefix, "manifest.json")
 
 
-def planned_manifest(tokenizer: Tokenizer, sources: list[Source], options: dict[str, Any]) -> dict[str, Any]:
+def planned_manifest(
+    tokenizer: Tokenizer, end_of_document_id: int | None, sources: list[Source], options: dict[str, Any]
+) -> dict[str, Any]:
     """The part that is known before the work: what the dataset is made from."""
     return {
         "format": MANIFEST_FORMAT,
@@ -49,11 +55,18 @@ def planned_manifest(tokenizer: Tokenizer, sources: list[Source], options: dict[
             "kind": tokenizer.kind,
             "vocab_size": tokenizer.vocab_size,
             "fingerprint": tokenizer.fingerprint,
-            "end_of_document_id": tokenizer.end_of_document_id,
+            "end_of_document_id": tokenizer.end_of_document_id if end_of_document_id is None else end_of_document_id,
         },
-        "options": options | {"max_file_bytes": MAX_FILE_BYTES},
+        "options": options,
         "sources": [
-            {"path": str(source.path), "files": len(source.files), "bytes": source.bytes, "state": source.state}
+            {
+                "path": source.path,
+                "kind": source.kind,
+                "files": len(source.files),
+                "bytes": source.bytes,
+                "state": source.state,
+                "left_out": source.left_out,
+            }
             for source in sources
         ],
     }
@@ -112,8 +125,7 @@ def dataset_tokenizer(manifest: dict[str, Any], spec: str | None) -> Tokenizer:
     made_with = manifest["tokenizer"]
     parse_special = manifest["options"]["special_tokens"] == "parse"
     tokenizer = load_tokenizer(spec or made_with["spec"], parse_special)
-    found = (tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_document_id)
-    if found != (made_with["fingerprint"], made_with["vocab_size"], made_with["end_of_document_id"]):
+    if (tokenizer.fingerprint, tokenizer.vocab_size) != (made_with["fingerprint"], made_with["vocab_size"]):
         raise DataError(
             f"tokenizer {tokenizer.spec} ({tokenizer.fingerprint[:12]}) is not the one that the data was made with,"
             f" {made_with['spec']} ({made_with['fingerprint'][:12]}): name that one with --tokenizer"
@@ -138,7 +150,7 @@ def existing_manifest(prefix: str, planned: dict[str, Any]) -> dict[str, Any] | 
 
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
-        differences = [name for name in _identity(planned) if _identity(planned)[name] != _identity(manifest)[name]]
+        differences = different_parts(planned, manifest)
         sizes = {name: manifest["files"][name]["bytes"] for name in data_files}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no manifest of this program: {advice}") from error
@@ -150,11 +162,17 @@ def existing_manifest(prefix: str, planned: dict[str, Any]) -> dict[str, Any] | 
     return manifest
 
 
+def different_parts(planned: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+    """In which parts that decide the ids two manifests, or plans of one, differ."""
+    one, other = _identity(planned), _identity(manifest)
+    return [name for name in one if one[name] != other[name]]
+
+
 def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
     """What decides the ids. Where the tokenizer and the input lie does not."""
     return {
         "format": manifest["format"],
-        "tokenizer": manifest["tokenizer"]["fingerprint"],
+        "tokenizer": (manifest["tokenizer"]["fingerprint"], manifest["tokenizer"]["end_of_document_id"]),
         "options": manifest["options"],
         "input": [(source["bytes"], source["state"]) for source in manifest["sources"]],
     }

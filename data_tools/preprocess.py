@@ -4,118 +4,25 @@
 
 Writes PREFIX.bin and PREFIX.idx (Megatron's indexed dataset, one sequence per document, the end-of-document token last)
 and then PREFIX.manifest.json, which says what they were made of. A dataset without its manifest is not whole.
-The documents keep the order of the input, and the files do not depend on the number of workers.
+The documents keep the order of the input, and the files do not depend on the number of workers. A run that was stopped,
+however it was, goes on where it was when the same command is given again.
 """
 
-import functools
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
-from tqdm import tqdm
 
-from data_tools.documents import (
-    DEFAULT_EXTENSIONS,
-    Chunk,
-    Source,
-    extract_documents,
-    find_sources,
-    read_chunks,
-)
-from data_tools.indexed_dataset import IndexedDatasetWriter, token_dtype
-from data_tools.manifest import existing_manifest, manifest_path, planned_manifest, write_manifest
-from data_tools.parallel import ordered_map
-from dsmoe_megatron.errors import DataError, DSMoEError, exit_with
-from dsmoe_megatron.tokenizers import Tokenizer, load_tokenizer
-
-SHOWN_MALFORMED = 3
-LINES_BEFORE_VERDICT = 1000  # the malformed share is judged early only from here on
-
-
-@dataclass(frozen=True)
-class EncodedChunk:
-    """What a worker made of a chunk: ids in the dataset's dtype, and ids per document."""
-
-    source: int
-    consumed: int
-    ids: npt.NDArray[Any]
-    lengths: npt.NDArray[np.int32]
-    text_bytes: int
-    skipped: Counter[str]
-    invalid_utf8: int
-    malformed: list[tuple[int, str]]
-
-
-@dataclass
-class Tally:
-    """Counts of the run, and the judge of malformed lines.
-
-    Args:
-        sources: the inputs.
-        max_malformed: share of the documents that may be malformed lines.
-    """
-
-    sources: list[Source]
-    max_malformed: float
-    documents: list[int] = field(init=False)
-    skipped: list[Counter[str]] = field(init=False)
-    tokens: int = 0
-    text_bytes: int = 0
-    invalid_utf8: int = 0
-    shown: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.documents = [0] * len(self.sources)
-        self.skipped = [Counter(source.left_out) for source in self.sources]
-
-    @property
-    def all_skipped(self) -> Counter[str]:
-        return sum(self.skipped, Counter())
-
-    def add(self, encoded: EncodedChunk) -> None:
-        self.documents[encoded.source] += len(encoded.lengths)
-        self.skipped[encoded.source] += encoded.skipped
-        self.tokens += len(encoded.ids)
-        self.text_bytes += encoded.text_bytes
-        self.invalid_utf8 += encoded.invalid_utf8
-        for line, complaint in encoded.malformed[: SHOWN_MALFORMED - len(self.shown)]:
-            self.shown.append(f"{self.sources[encoded.source].path}:{line}: {complaint}")
-            tqdm.write(f"malformed line skipped: {self.shown[-1]}", file=sys.stderr)
-
-    def require_few_malformed(self, at_least: int) -> None:
-        """Stop a run whose input is not what it was taken for.
-
-        Args:
-            at_least: documents to take the share of where fewer have been read so far.
-        """
-        malformed = self.all_skipped["malformed"]
-        read = sum(self.documents) + malformed
-        if malformed > self.max_malformed * max(read, at_least):
-            raise DataError(
-                f"{malformed} of {read} documents read are malformed lines, more than --max-malformed"
-                f" {self.max_malformed}; the first: {self.shown[0]}"
-            )
-
-    def results(self) -> dict[str, Any]:
-        """The counts, under the manifest's names."""
-        return {
-            "documents": sum(self.documents),
-            "tokens": self.tokens,
-            "text_bytes": self.text_bytes,
-            "skipped": dict(self.all_skipped),
-            "invalid_utf8_replaced": self.invalid_utf8,
-            "sources": [
-                {"documents": documents, "skipped": dict(skipped)}
-                for documents, skipped in zip(self.documents, self.skipped, strict=True)
-            ],
-        }
+from data_tools.assembling import assemble, collect, require_documents
+from data_tools.documents import DocumentRules
+from data_tools.executors import SlurmJob, queued_jobs, run_locally, submit_to_slurm
+from data_tools.planned_run import PlannedRun
+from data_tools.sources import DEFAULT_EXTENSIONS, MAX_FILE_BYTES
+from dsmoe_megatron.errors import ConfigurationError, DataError, DSMoEError, exit_with
 
 
 def preprocess(
@@ -123,98 +30,82 @@ def preprocess(
     output_prefix: str,
     tokenizer_spec: str,
     workers: int = 1,
-    text_key: str = "text",
-    extensions: tuple[str, ...] = DEFAULT_EXTENSIONS,
-    special_tokens: str = "ordinary",
+    rules: DocumentRules | None = None,
     max_malformed: float = 0.01,
+    encoder: str = "auto",
     overwrite: bool = False,
-) -> dict[str, Any]:
+    slurm: SlurmJob | None = None,
+) -> list[dict[str, Any]]:
     """Make the dataset, unless it is there already. The arguments are those of the command line.
 
     Returns:
-        The manifest.
+        The manifests: one, or one of each set. None yet where jobs of SLURM make them.
 
     Raises:
+        ConfigurationError: two rules contradict each other.
         DataError: the input, or what is at the output already, cannot be used.
         TokenizerError: the tokenizer cannot be used.
     """
-    sources = find_sources(inputs, extensions)
-    tokenizer = load_tokenizer(tokenizer_spec, parse_special=special_tokens == "parse")
-    options: dict[str, Any] = {"text_key": text_key, "special_tokens": special_tokens}
-    if any(source.is_tree for source in sources):
-        options["extensions"] = sorted(extensions)
-    plan = planned_manifest(tokenizer, sources, options)
-    if not overwrite and (existing := existing_manifest(output_prefix, plan)) is not None:
-        print(f"{output_prefix}: made from this input already, nothing to do (--overwrite makes it again)")
-        return existing
-
-    dtype = token_dtype(tokenizer.vocab_size)
-    encode = functools.partial(encode_chunk, tokenizer=tokenizer, dtype=dtype, text_key=text_key)
-    tally = Tally(sources, max_malformed)
     start = time.perf_counter()
+    run = PlannedRun(inputs, output_prefix, tokenizer_spec, rules or DocumentRules())
+    with _system_faults_named(output_prefix):
+        if not overwrite and (existing := run.existing()):
+            print(f"{output_prefix}: made from this input already, nothing to do (--overwrite makes it again)")
+            return existing
+        with run.begun(workers, max_malformed, encoder, overwrite) as folder:
+            if slurm is not None:
+                _submit(output_prefix, workers, slurm)
+                return []
+            run_locally(output_prefix, workers, sum(source.bytes for source in run.sources))
+            finished = collect(folder)
+            if not finished.sets():
+                folder.remove()  # there is nothing in it to go on with
+            require_documents(finished)
+            datasets = assemble(output_prefix, finished)
+            folder.remove()
+    for prefix, manifest in datasets.items():
+        _print_summary(prefix, manifest)
+    _print_speed(list(datasets.values()), time.perf_counter() - start)
+    return list(datasets.values())
+
+
+@contextmanager
+def _system_faults_named(prefix: str) -> Iterator[None]:
+    """A full disk or a folder that cannot be written is a fault that the user can mend."""
     try:
-        with IndexedDatasetWriter(output_prefix, dtype) as writer:
-            for encoded in _with_progress(ordered_map(encode, read_chunks(sources), workers), sources, tally):
-                writer.add_documents(encoded.ids, encoded.lengths)
-            tally.require_few_malformed(at_least=1)
-            if not tally.tokens:
-                raise DataError(f"no document in {', '.join(inputs)} (left out: {dict(tally.all_skipped)})")
-            files = writer.seal()
-            manifest_path(output_prefix).unlink(missing_ok=True)  # an old manifest must never vouch for new files
-            writer.publish()
-        manifest = write_manifest(output_prefix, plan, tally.results() | {"dtype": dtype.name, "files": files})
+        yield
     except OSError as error:
-        raise DataError(f"{error.filename or output_prefix}: {error.strerror or error}") from error
-    _print_summary(output_prefix, manifest, time.perf_counter() - start)
-    return manifest
+        raise DataError(f"{error.filename or prefix}: {error.strerror or error}") from error
 
 
-def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, dtype: np.dtype[Any], text_key: str) -> EncodedChunk:
-    """Tokenise the documents of a chunk; the work of a worker."""
-    documents = extract_documents(chunk, text_key)
-    encoded = tokenizer.encode_batch(documents.texts)
-    lengths = np.fromiter((len(ids) + 1 for ids in encoded), np.int32, len(encoded))
-    ends = np.cumsum(lengths, dtype=np.int64)
-    # arrays travel between processes ten times faster than lists
-    all_ids = np.empty(int(ends[-1]) if len(ends) else 0, dtype)
-    for ids, end in zip(encoded, ends, strict=True):
-        all_ids[end - len(ids) - 1 : end - 1] = ids
-    all_ids[ends - 1] = tokenizer.end_of_document_id
-    return EncodedChunk(
-        chunk.source,
-        chunk.consumed,
-        all_ids,
-        lengths,
-        sum(len(text.encode()) for text in documents.texts),
-        documents.skipped,
-        documents.invalid_utf8,
-        documents.malformed,
-    )
+def _submit(prefix: str, workers: int, slurm: SlurmJob) -> None:
+    if jobs := queued_jobs(prefix):
+        raise DataError(f"{prefix}: job {' and '.join(jobs)} of this run is in SLURM's queue: wait, or scancel it")
+    jobs = submit_to_slurm(prefix, workers, slurm)
+    print(f"{prefix}: submitted job {' and '.join(jobs)}; the last one writes {prefix}.manifest.json when all is done")
+    print(f"the same command, given when they have left the queue, goes on with what failed; logs: {prefix}.slurm_logs")
 
 
-def _with_progress(encoded: Iterator[EncodedChunk], sources: list[Source], tally: Tally) -> Iterator[EncodedChunk]:
-    """Pass the chunks on, count them, show how far they are, and stop when too much is malformed."""
-    total = sum(source.bytes for source in sources)
-    # no bar where nobody watches it
-    with tqdm(total=total, unit="B", unit_scale=True, desc="input", disable=not sys.stderr.isatty()) as bar:
-        for chunk in encoded:
-            tally.add(chunk)
-            tally.require_few_malformed(at_least=LINES_BEFORE_VERDICT)
-            yield chunk
-            bar.update(chunk.consumed)
-            bar.set_postfix_str(f"{tally.tokens:,} tokens", refresh=False)
-
-
-def _print_summary(prefix: str, manifest: dict[str, Any], seconds: float) -> None:
-    megabytes, tokens = manifest["text_bytes"] / 1e6, manifest["tokens"]
+def _print_summary(prefix: str, manifest: dict[str, Any]) -> None:
+    text_bytes, tokens = manifest["text_bytes"], manifest["tokens"]
     print(
-        f"{prefix}: {manifest['documents']:,} documents, {megabytes:.1f} MB of text, {tokens:,} tokens"
-        f" ({manifest['text_bytes'] / tokens:.2f} bytes per token), {seconds:.1f} s, {megabytes / seconds:.1f} MB/s"
+        f"{prefix}: {manifest['documents']:,} documents, {text_bytes / 1e6:.1f} MB of text, {tokens:,} tokens"
+        f" ({text_bytes / max(tokens, 1):.2f} bytes per token)"
     )
-    counts = manifest["skipped"] | {"invalid UTF-8 replaced": manifest["invalid_utf8_replaced"]}
+    counts = manifest["skipped"] | {
+        "invalid UTF-8 replaced": manifest["invalid_utf8_replaced"],
+        "parts cut off long documents": manifest["long_documents_split"],
+    }
     for reason, count in counts.items():
         if count:
             print(f"  {reason.replace('_', ' ')}: {count:,}")
+
+
+def _print_speed(manifests: list[dict[str, Any]], seconds: float) -> None:
+    for complaint in manifests[0]["malformed_first"]:
+        print(f"left out: {complaint}", file=sys.stderr)
+    megabytes = sum(manifest["text_bytes"] for manifest in manifests) / 1e6
+    print(f"{seconds:.1f} s, {megabytes / seconds:.1f} MB/s, encoded with {manifests[0]['encoder']}")
 
 
 def build_parser() -> ArgumentParser:
@@ -225,7 +116,8 @@ def build_parser() -> ArgumentParser:
         nargs="+",
         required=True,
         metavar="GLOB",
-        help=".jsonl, .jsonl.gz, .jsonl.zst files and folders of source files; their order is the dataset's",
+        help=".jsonl, .jsonl.gz, .jsonl.zst and .parquet files, folders of source files, URLs of such files (s3://...),"
+        " hf:NAME[:CONFIG[:SPLIT]]; their order is the dataset's",
     )
     parser.add_argument("--output-prefix", type=str, required=True, metavar="PREFIX", help="path of the dataset")
     parser.add_argument(
@@ -236,9 +128,32 @@ def build_parser() -> ArgumentParser:
         help="a sentencepiece .model file, a folder with a Hugging Face tokenizer, its name on the hub, or `codegen`",
     )
     parser.add_argument("--workers", type=PositiveInt, default=1, help="processes that tokenise")
-    parser.add_argument("--text-key", type=str, default="text", help="key of the text in a .jsonl line")
+    parser.add_argument(
+        "--encoder",
+        choices=["auto", "reference"],
+        default="auto",
+        help="auto: gigatoken where it gives the ids of the tokenizer's own library; reference: that library",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a dataset or an unfinished run")
+    add_rules(parser)
+    add_slurm(parser)
+    return parser
+
+
+def add_rules(parser: ArgumentParser) -> None:
+    """Options of how records become documents."""
+    parser.add_argument("--text-key", type=str, default="text", help="key, or column, of the text")
     parser.add_argument(
         "--extensions", nargs="+", default=list(DEFAULT_EXTENSIONS), metavar=".EXT", help="files taken from folders"
+    )
+    parser.add_argument(
+        "--max-file-bytes", type=PositiveInt, default=MAX_FILE_BYTES, help="larger files of folders are left out"
+    )
+    parser.add_argument(
+        "--generated-files",
+        choices=["skip", "keep"],
+        default="skip",
+        help="files of folders that say so, or have lines longer than people write",
     )
     parser.add_argument(
         "--special-tokens",
@@ -247,10 +162,78 @@ def build_parser() -> ArgumentParser:
         help="special tokens spelled out in a text are ordinary text, or parsed",
     )
     parser.add_argument(
-        "--max-malformed", type=ClosedUnitInterval, default=0.01, help="share of malformed lines above which to stop"
+        "--end-of-document",
+        type=str,
+        default="append",
+        metavar="append|none|TOKEN",
+        help="after each document: the tokenizer's own token, nothing, or this token",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
-    return parser
+    parser.add_argument(
+        "--empty-documents", choices=["skip", "keep"], default="skip", help="documents without any character"
+    )
+    parser.add_argument(
+        "--max-document-bytes", type=PositiveInt, default=None, help="longer documents are split or left out [bytes]"
+    )
+    parser.add_argument("--long-documents", choices=["split", "skip"], default="split", help="which of the two")
+    parser.add_argument(
+        "--invalid-utf8", choices=["replace", "skip", "stop"], default="replace", help="documents that are no UTF-8"
+    )
+    parser.add_argument(
+        "--max-malformed", type=ClosedUnitInterval, default=0.01, help="share of malformed records above which to stop"
+    )
+    parser.add_argument(
+        "--damaged-files",
+        choices=["stop", "keep-readable"],
+        default="stop",
+        help="files that cannot be read to their end: stop there, or keep what can be read",
+    )
+    parser.add_argument("--sets", nargs="+", default=[], metavar="NAME", help="keep these sets alone")
+    parser.add_argument("--one-dataset-per-set", action="store_true", help="make PREFIX_NAME of each set")
+    parser.add_argument(
+        "--set-key", type=str, default="meta.pile_set_name", help="key of the name of a document's set, below others"
+    )
+
+
+def add_slurm(parser: ArgumentParser) -> None:
+    """Options of where to run."""
+    parser.add_argument("--executor", choices=["local", "slurm"], default="local", help="where to run")
+    parser.add_argument("--slurm-partition", type=str, default=None, metavar="NAME", help="partition to run in")
+    parser.add_argument("--slurm-time", type=str, default="24:00:00", metavar="TIME", help="limit of each task")
+    parser.add_argument("--slurm-memory-gb", type=PositiveInt, default=2, help="memory of each task [GB]")
+    parser.add_argument(
+        "--slurm-arguments", type=dict[str, str], default={}, metavar="JSON", help='more of sbatch: {"account": "x"}'
+    )
+
+
+def rules_of(arguments: Namespace) -> DocumentRules:
+    """The rules that the command line tells."""
+    return DocumentRules(
+        text_key=arguments.text_key,
+        extensions=tuple(arguments.extensions),
+        max_file_bytes=arguments.max_file_bytes,
+        generated_files=arguments.generated_files,
+        empty_documents=arguments.empty_documents,
+        invalid_utf8=arguments.invalid_utf8,
+        max_document_bytes=arguments.max_document_bytes,
+        long_documents=arguments.long_documents,
+        set_key=arguments.set_key,
+        sets=tuple(arguments.sets),
+        one_dataset_per_set=arguments.one_dataset_per_set,
+        special_tokens=arguments.special_tokens,
+        end_of_document=arguments.end_of_document,
+        damaged_files=arguments.damaged_files,
+    )
+
+
+def slurm_of(arguments: Namespace) -> SlurmJob | None:
+    """What SLURM is to be asked for, if it is to run the work."""
+    if arguments.executor == "local":
+        return None
+    if arguments.slurm_partition is None:
+        raise ConfigurationError("--slurm-partition", None, "--executor slurm needs one; sinfo lists them")
+    return SlurmJob(
+        arguments.slurm_partition, arguments.slurm_time, arguments.slurm_memory_gb, dict(arguments.slurm_arguments)
+    )
 
 
 def main() -> None:
@@ -261,15 +244,16 @@ def main() -> None:
             output_prefix=arguments.output_prefix,
             tokenizer_spec=arguments.tokenizer,
             workers=arguments.workers,
-            text_key=arguments.text_key,
-            extensions=tuple(arguments.extensions),
-            special_tokens=arguments.special_tokens,
+            rules=rules_of(arguments),
             max_malformed=arguments.max_malformed,
+            encoder=arguments.encoder,
             overwrite=arguments.overwrite,
+            slurm=slurm_of(arguments),
         )
     except DSMoEError as error:
         exit_with(error, "preprocess")
     except KeyboardInterrupt:
+        print("preprocess: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
 
 

@@ -18,8 +18,9 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 
-from data_tools.documents import DEFAULT_EXTENSIONS, extract_documents, find_sources, read_chunks
+from data_tools.documents import DocumentRules, read_documents
 from data_tools.indexed_dataset import write_whole
+from data_tools.sources import DEFAULT_EXTENSIONS, find_sources
 from dsmoe_megatron.errors import DataError, DSMoEError, TokenizerError, exit_with
 
 SENTENCE_BYTES = 4096  # sentencepiece trains on pieces of text and skips those longer than a limit
@@ -63,13 +64,13 @@ def read_texts(inputs: list[str], extensions: tuple[str, ...], text_key: str, ma
     """The documents to train on. Under a limit every source gives an equal share of it, from its beginning; what short
     sources leave goes to those after them."""
     sources = find_sources(inputs, extensions)
+    rules = DocumentRules(text_key=text_key, extensions=extensions)
     budget = max_megabytes * 1e6
     documents, malformed = 0, []
     for number, source in enumerate(sources):
         end = budget - budget / (len(sources) - number) if math.isfinite(budget) else 0.0
-        for chunk in read_chunks([source]):
-            found = extract_documents(chunk, text_key)
-            malformed += [f"{source.path}:{line}: {complaint}" for line, complaint in found.malformed]
+        for found in read_documents([source], rules):
+            malformed += found.complaints
             for text in found.texts:
                 yield text
                 documents += 1
@@ -79,7 +80,7 @@ def read_texts(inputs: list[str], extensions: tuple[str, ...], text_key: str, ma
             if budget <= end:
                 break
     if malformed:
-        print(f"malformed lines skipped: {len(malformed)}, the first: {malformed[0]}", file=sys.stderr)
+        print(f"malformed lines skipped, the first: {malformed[0]}", file=sys.stderr)
     if not documents:
         raise DataError(f"no document in {', '.join(inputs)} to train a tokenizer on")
 

@@ -208,7 +208,8 @@ def _following_starts(index: DatasetIndex, block: slice, bin_bytes: np.int64) ->
 
 
 def _token_faults(index: DatasetIndex, prefix: str, manifest: dict[str, Any]) -> Iterator[str]:
-    """Ids of the vocabulary only, and the end of document where the index says that one ends and nowhere else."""
+    """Ids of the vocabulary only, and the end of document where the index says that one ends and nowhere else (where
+    documents were given ends at all)."""
     path = dataset_path(prefix, "bin")
     vocab_size, end_id = manifest["tokenizer"]["vocab_size"], manifest["tokenizer"]["end_of_document_id"]
     tokens = map_tokens(prefix, index.dtype)
@@ -220,8 +221,9 @@ def _token_faults(index: DatasetIndex, prefix: str, manifest: dict[str, Any]) ->
             is_last[_ends_within(index, first, first + len(block)) - first] = True
             is_end = block == end_id
             foreign.note((block < 0) | (block >= vocab_size), first)
-            endless.note(is_last & ~is_end, first)
-            if manifest["options"]["special_tokens"] == "ordinary":
+            if _has_ends(manifest):
+                endless.note(is_last & ~is_end, first)
+            if _has_ends(manifest) and manifest["options"]["special_tokens"] == "ordinary":
                 early.note(is_end & ~is_last, first)
             bar.update(len(block))
 
@@ -231,6 +233,10 @@ def _token_faults(index: DatasetIndex, prefix: str, manifest: dict[str, Any]) ->
     yield from foreign.faults(lambda token: f"{place(token)} is not below the vocabulary of {vocab_size}")
     yield from endless.faults(lambda token: f"{place(token)} is its last, but not the end of document {end_id}")
     yield from early.faults(lambda token: f"{place(token)} ends the document before its last token")
+
+
+def _has_ends(manifest: dict[str, Any]) -> bool:
+    return bool(manifest["options"]["end_of_document"] != "none")
 
 
 def _ends_within(index: DatasetIndex, first: int, stop: int) -> npt.NDArray[np.int64]:
@@ -251,7 +257,7 @@ def _round_trip_faults(
     changed = Offenders()
     with _bar(len(numbers), "documents through the tokenizer", "document") as bar:
         for number in numbers.tolist():
-            ids = index.document(tokens, number)[:-1].tolist()
+            ids = index.document(tokens, number)[: -1 if _has_ends(manifest) else None].tolist()
             again = tokenizer.encode(text := tokenizer.decode(ids))
             same = again == ids or (not exact and tokenizer.decode(again) == text)
             changed.note(np.array([not same]), number)

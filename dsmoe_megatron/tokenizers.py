@@ -6,6 +6,7 @@ one that the data preparation put there. Nothing here imports torch; transformer
 SPEC and in `save_huggingface`.
 """
 
+import base64
 import hashlib
 import importlib.util
 import json
@@ -66,6 +67,14 @@ class Tokenizer(ABC):
     def to_huggingface(self) -> tuple["tokenizers.Tokenizer", dict[str, Any]]:
         """An equal `tokenizers.Tokenizer`, and the named special tokens for PreTrainedTokenizerFast."""
 
+    @abstractmethod
+    def token_id(self, token: str) -> int | None:
+        """The id of a token; None if there is no such one."""
+
+    @abstractmethod
+    def to_state(self) -> dict[str, Any]:
+        """What `tokenizer_from_state` makes an equal tokenizer of, in values that JSON has."""
+
 
 def load_tokenizer(spec: str, parse_special: bool = False) -> Tokenizer:
     """Load the tokenizer that SPEC names.
@@ -83,6 +92,14 @@ def load_tokenizer(spec: str, parse_special: bool = False) -> Tokenizer:
     if spec.endswith(".model"):
         return SentencePieceTokenizer(spec, parse_special)
     return HuggingFaceTokenizer(spec, _load_fast_tokenizer(spec), parse_special)
+
+
+def tokenizer_from_state(state: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that `Tokenizer.to_state` told. Needs neither the file that it came from nor transformers."""
+    if state["kind"] == "sentencepiece":
+        content = base64.b64decode(state["model"])
+        return SentencePieceTokenizer(state["spec"], state["parse_special"], content)
+    return HuggingFaceTokenizer.from_state(state)
 
 
 def save_huggingface(tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -107,16 +124,22 @@ def save_huggingface(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model. Its `</s>` ends documents."""
+    """A sentencepiece model. Its `</s>` ends documents.
+
+    Args:
+        spec: path of the .model file.
+        parse_special: read special tokens spelled out in text as special tokens.
+        content: of that file, where it has been read already.
+    """
 
     kind = "sentencepiece"
 
-    def __init__(self, spec: str, parse_special: bool = False) -> None:
+    def __init__(self, spec: str, parse_special: bool = False, content: bytes | None = None) -> None:
         import sentencepiece
 
         self.spec, self.parse_special = spec, parse_special
         try:
-            self.model_bytes = Path(spec).read_bytes()
+            self.model_bytes = Path(spec).read_bytes() if content is None else content
         except OSError as error:
             raise TokenizerError(f"tokenizer {spec}: {error.strerror or error}") from error
         try:
@@ -159,6 +182,14 @@ class SentencePieceTokenizer(Tokenizer):
 
         model = sentencepiece_model_pb2.ModelProto.FromString(self.model_bytes)
         return _convert_sentencepiece(model, self.spec), _special_token_names(self._processor)
+
+    def token_id(self, token: str) -> int | None:
+        found = int(self._processor.piece_to_id(token))
+        return found if self._processor.id_to_piece(found) == token else None  # an unknown one gets the id of <unk>
+
+    def to_state(self) -> dict[str, Any]:
+        model = base64.b64encode(self.model_bytes).decode("ascii")
+        return {"kind": self.kind, "spec": self.spec, "parse_special": self.parse_special, "model": model}
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -206,6 +237,16 @@ class HuggingFaceTokenizer(Tokenizer):
         self.__dict__.update(state)
         self._build_backend()
 
+    def to_state(self) -> dict[str, Any]:
+        return {"kind": self.kind} | self.__getstate__()
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "HuggingFaceTokenizer":
+        """Undo `to_state`."""
+        made = cls.__new__(cls)
+        made.__setstate__({name: value for name, value in state.items() if name != "kind"})
+        return made
+
     def _require_special_tokens_apart(self) -> None:
         """Some models (Unigram, those that look whole words up) find special tokens in text all by themselves."""
         unknown = self._names.get("unk_token")
@@ -228,6 +269,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def to_huggingface(self) -> tuple["tokenizers.Tokenizer", dict[str, Any]]:
         return self._backend, self._names
+
+    def token_id(self, token: str) -> int | None:
+        found = self._backend.token_to_id(token)
+        return None if found is None else int(found)
 
 
 def _load_fast_tokenizer(spec: str) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.documents import CHUNK_BYTES
+from data_tools.reading import CHUNK_BYTES
 from data_tools.train_tokenizer import train_tokenizer
 
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))

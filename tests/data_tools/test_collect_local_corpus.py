@@ -9,7 +9,8 @@ import pytest
 import zstandard
 
 from data_tools.collect_local_corpus import Collection, Document, collect
-from data_tools.documents import extract_documents, find_sources, read_chunks
+from data_tools.documents import DocumentRules, read_documents
+from data_tools.sources import find_sources
 from dsmoe_megatron.errors import DataError
 
 SPLITS = [(kind, split) for kind in ("text", "code") for split in ("train", "validation")]
@@ -52,7 +53,7 @@ def test_the_data_tools_read_it_whole(corpus: Path) -> None:
     described = json.loads((corpus / "corpus.json").read_text())["files"]
     for name, file in described.items():
         sources = find_sources([str(corpus / name)])
-        texts = [text for chunk in read_chunks(sources) for text in extract_documents(chunk).texts]
+        texts = [text for found in read_documents(sources, DocumentRules()) for text in found.texts]
         assert len(texts) == file["documents"]
         assert sum(len(text.encode()) for text in texts) == file["text_bytes"]
 

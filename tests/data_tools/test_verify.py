@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from data_tools.dataset_reader import HEADER_BYTES
+from data_tools.documents import DocumentRules
 from data_tools.manifest import manifest_checksum
 from data_tools.preprocess import preprocess
 from data_tools.verify import verify
@@ -22,10 +24,12 @@ SUFFIXES = ("bin", "idx", "manifest.json")
 DOCUMENTS = 40
 
 
-def make_dataset(prefix: Path, texts: list[str], tokenizer_spec: str, special_tokens: str = "ordinary") -> Path:
+def make_dataset(
+    prefix: Path, texts: list[str], tokenizer_spec: str, special_tokens: Literal["ordinary", "parse"] = "ordinary"
+) -> Path:
     source = prefix.with_suffix(".jsonl")
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    preprocess([str(source)], str(prefix), tokenizer_spec, special_tokens=special_tokens)
+    preprocess([str(source)], str(prefix), tokenizer_spec, rules=DocumentRules(special_tokens=special_tokens))
     return prefix
 
 

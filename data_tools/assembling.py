@@ -1,0 +1,172 @@
+"""Puts the segments of a finished run together: PREFIX.bin, PREFIX.idx and, last, PREFIX.manifest.json.
+
+Ids are copied as they are, in the order of the tasks; only the index is made anew.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from data_tools.documents import SHOWN_COMPLAINTS
+from data_tools.indexed_dataset import PATHS, IndexedDatasetWriter
+from data_tools.manifest import existing_manifest, manifest_path, write_manifest
+from data_tools.pipeline import require_few_malformed
+from data_tools.work_folder import Counts, Segment, SetExtent, WorkFolder
+from dsmoe_megatron.errors import DataError
+
+COPY_BYTES = 8 << 20
+
+
+@dataclass
+class FinishedRun:
+    """All that the tasks left.
+
+    Args:
+        plan: of the run.
+        segments: of all tasks, in order.
+        digests: SHA-256 of each piece of each source; None where it has none.
+        counts: of the whole input.
+    """
+
+    plan: dict[str, Any]
+    segments: list[Segment] = field(default_factory=list)
+    digests: dict[int, list[str | None]] = field(default_factory=dict)
+    counts: Counts = field(default_factory=Counts)
+
+    def sets(self) -> list[str]:
+        """Names of the sets that have documents."""
+        return sorted({name for segment in self.segments for name in segment.sets})
+
+    def documents(self, name: str) -> Counter[int]:
+        """Documents of a set, by source."""
+        total: Counter[int] = Counter()
+        for segment in self.segments:
+            if name in segment.sets:
+                total.update(segment.sets[name].documents)
+        return total
+
+
+def collect(folder: WorkFolder) -> FinishedRun:
+    """Read what the tasks left.
+
+    Raises:
+        DataError: a task is not finished.
+    """
+    run = FinishedRun(folder.plan())
+    for number, task in enumerate(folder.tasks()):
+        segments = task.segments()
+        if not segments or not segments[-1].finished:
+            raise DataError(f"{task.path} (task {number}) is not finished: give the same command again to go on")
+        run.segments += segments
+        for piece, digest in zip(task.pieces(), segments[-1].digests, strict=True):
+            run.digests.setdefault(piece.source, []).append(digest)
+        for segment in segments:
+            run.counts.add(segment.counts, SHOWN_COMPLAINTS)
+    for number, source in enumerate(run.plan["manifest"]["sources"]):
+        run.counts.skip(number, source["left_out"])
+    return run
+
+
+def require_documents(run: FinishedRun) -> None:
+    """Refuse an input that is malformed in too large a part, or gave nothing.
+
+    Raises:
+        DataError: it is.
+    """
+    malformed, documents = run.counts.all_skipped["malformed"], sum(run.documents(name).total() for name in run.sets())
+    first = next(iter(run.counts.complaints), "")
+    require_few_malformed(malformed, documents, run.plan["max_malformed"], first, at_least=1)
+    if not documents:
+        sources = ", ".join(source["path"] for source in run.plan["manifest"]["sources"])
+        raise DataError(f"no document in {sources} (left out: {dict(run.counts.all_skipped)})")
+
+
+def assemble(prefix: str, run: FinishedRun) -> dict[str, dict[str, Any]]:
+    """Write the datasets of a finished run.
+
+    Returns:
+        The manifest of each, by its prefix.
+
+    Raises:
+        DataError: two sets would have one name, or another dataset is there.
+    """
+    names = run.sets()
+    prefixes = {name: prefix_of_set(prefix, name) for name in names}
+    if len(set(prefixes.values())) < len(prefixes):
+        raise DataError(f"two of the sets {', '.join(names)} would be written under one name: choose with --sets")
+    if not run.plan["overwrite"]:
+        for each in prefixes.values():
+            existing_manifest(each, run.plan["manifest"])
+    return {prefixes[name]: _write_dataset(prefixes[name], name, run) for name in names}
+
+
+def prefix_of_set(prefix: str, name: str) -> str:
+    """Where the dataset of a set lies: PREFIX_NAME, what is no letter, digit, dot or dash made a dash."""
+    return f"{prefix}_{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-')}" if name else prefix
+
+
+def _write_dataset(prefix: str, name: str, run: FinishedRun) -> dict[str, Any]:
+    with_paths = run.plan["with_paths"]
+    with IndexedDatasetWriter(prefix, np.dtype(run.plan["dtype"]), with_paths) as writer:
+        for segment in run.segments:
+            if name in segment.sets:
+                _append_segment(writer, segment, segment.sets[name], with_paths)
+        files = writer.seal()
+        manifest_path(prefix).unlink(missing_ok=True)  # an old manifest must never vouch for new files
+        writer.publish()
+    return write_manifest(prefix, run.plan["manifest"], _results(name, run, files))
+
+
+def _append_segment(writer: IndexedDatasetWriter, segment: Segment, extent: SetExtent, with_paths: bool) -> None:
+    with segment.path.open("rb") as file:
+        for suffix, (begin, size) in (("bin", extent.ids), *([(PATHS, extent.paths)] if with_paths else [])):
+            file.seek(begin)
+            while size:
+                block = file.read(min(size, COPY_BYTES))
+                if not block:
+                    raise DataError(f"{segment.path} has been cut: give the same command again")
+                writer.append(suffix, block)
+                size -= len(block)
+        begin, size = extent.lengths
+        file.seek(begin)
+        writer.append_lengths(np.frombuffer(file.read(size), np.int32))
+
+
+def _results(name: str, run: FinishedRun, files: dict[str, Any]) -> dict[str, Any]:
+    """The part of the manifest that is known after the work."""
+    documents = run.documents(name)
+    everything = sum((run.documents(each) for each in run.sets()), Counter())
+    sources: list[dict[str, Any]] = []
+    for number in range(len(run.plan["manifest"]["sources"])):
+        skipped = Counter(run.counts.skipped.get(number, {}))
+        if others := everything[number] - documents[number]:
+            skipped["other_set"] += others
+        digest = source_digest(run.digests.get(number, []))
+        sources.append({"documents": documents[number], "skipped": dict(skipped), "sha256": digest})
+    return {
+        "documents": documents.total(),
+        "tokens": sum(segment.sets[name].tokens for segment in run.segments if name in segment.sets),
+        "text_bytes": sum(segment.sets[name].text_bytes for segment in run.segments if name in segment.sets),
+        "dtype": run.plan["dtype"],
+        "set": name or None,
+        "encoder": run.plan["encoder"],
+        "skipped": dict(sum((Counter(source["skipped"]) for source in sources), Counter[str]())),
+        "malformed_first": run.counts.complaints,
+        "invalid_utf8_replaced": run.counts.invalid_utf8,
+        "long_documents_split": run.counts.split,
+        "files": files,
+        "sources": sources,
+    }
+
+
+def source_digest(digests: list[str | None]) -> str | None:
+    """SHA-256 of a source: of its bytes, where it was read in one piece; else of the hexadecimal digests of its pieces,
+    one a line. None where a piece has none (a dataset of the hub, a file that could not be read to its end)."""
+    known = [digest for digest in digests if digest is not None]
+    if not known or len(known) < len(digests):
+        return None
+    return known[0] if len(known) == 1 else hashlib.sha256("\n".join(known).encode()).hexdigest()
