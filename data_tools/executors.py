@@ -1,23 +1,28 @@
 """Runs the pipeline with datatrove: on this machine, or as jobs of SLURM."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import multiprocess.util
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from loguru import logger
 
 from data_tools.assembling import assemble, collect, require_documents
 from data_tools.indexed_dataset import write_whole
-from data_tools.pipeline import EncodeDocuments, KeepSegments, ReadTask, TaskStep
+from data_tools.pipeline import EncodeDocuments, KeepSegments, ReadTask, TaskStep, parent_is_dead
 from data_tools.progress import ProgressWatcher
 from data_tools.work_folder import WorkFolder
 from dsmoe_megatron.errors import DataError
 
 JOBS = "slurm_jobs.json"
+PARENT_CHECK_SECONDS = 0.5
 
 
 class AssembleDatasets(TaskStep):
@@ -38,9 +43,30 @@ class AssembleDatasets(TaskStep):
 class QuietLocalExecutor(LocalPipelineExecutor):
     """datatrove's executor for one machine, without its log lines: faults are told in one line, and once."""
 
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
+    def run(self) -> Any:
+        # the process that counts the tasks would outlive a parent that was killed, and hold its pipes open
+        parent = os.getpid()
+        multiprocess.util.register_after_fork(self, lambda _: _end_with(parent))
+        return super().run()
+
+    def _launch_run_for_rank(self, *arguments: Any, **more: Any) -> Any:
         logger.disable("datatrove")
-        return super()._run_for_rank(rank, local_rank, node_rank)
+        try:
+            return super()._launch_run_for_rank(*arguments, **more)
+        finally:
+            if parent_is_dead():
+                os._exit(1)  # a worker has nobody left to answer
+
+
+def _end_with(parent: int) -> None:
+    """Let this process end soon after its parent."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_CHECK_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class PlainSlurmExecutor(SlurmPipelineExecutor):

@@ -237,7 +237,8 @@ class KeepSegments(TaskStep):
                 if encoded.finished or progress.segment_is_full():
                     progress.write_segment(encoded.finished, encoded.digests)
                 progress.tell()
-                _require_parent()
+                if parent_is_dead():
+                    sys.exit(1)
         yield from ()
 
 
@@ -363,8 +364,7 @@ def _leave_interrupts_to_the_parent() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _require_parent() -> None:
-    """A worker whose parent was killed ends too."""
+def parent_is_dead() -> bool:
+    """Whether this is a worker whose parent was killed."""
     parent = multiprocess.parent_process()
-    if parent is not None and not parent.is_alive():
-        sys.exit(1)
+    return parent is not None and not parent.is_alive()

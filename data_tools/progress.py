@@ -34,6 +34,7 @@ class ProgressWatcher:
         """Whether a worker was killed."""
 
     def __enter__(self) -> "ProgressWatcher":
+        self._usual_handler = signal.signal(signal.SIGINT, self._interrupted)
         self._thread.start()
         return self
 
@@ -42,6 +43,11 @@ class ProgressWatcher:
     ) -> None:
         self._stop.set()
         self._thread.join()
+        signal.signal(signal.SIGINT, self._usual_handler)
+
+    def _interrupted(self, *_: object) -> None:
+        self._stop.set()  # the workers that are ended now were not killed
+        raise KeyboardInterrupt
 
     def _watch(self) -> None:
         tasks = {task.path.name: task for task in self._folder.tasks()}
@@ -74,9 +80,9 @@ class ProgressWatcher:
             return
         told[name] = progress
         if progress["host"] == platform.node() and not _is_alive(progress["pid"]) and not task.finished:
-            self.killed = True
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-            self._stop.set()
+            if not self._stop.is_set():
+                self.killed = True
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def _is_alive(pid: int) -> bool:
