@@ -79,10 +79,10 @@ class ProgressWatcher:
         except (OSError, ValueError):  # not begun, or being written just now
             return
         told[name] = progress
-        if progress["host"] == platform.node() and not _is_alive(progress["pid"]) and not task.finished:
-            if not self._stop.is_set():
-                self.killed = True
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        died = progress["host"] == platform.node() and not _is_alive(progress["pid"]) and not task.finished
+        if died and not self._stop.is_set():
+            self.killed = True
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def _is_alive(pid: int) -> bool:
