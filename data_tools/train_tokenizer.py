@@ -26,6 +26,10 @@ from dsmoe_megatron.errors import DataError, DSMoEError, TokenizerError, exit_wi
 SENTENCE_BYTES = 4096  # sentencepiece trains on pieces of text and skips those longer than a limit
 LONGEST_LINE_CHARACTERS = SENTENCE_BYTES // 4
 END_OF_DOCUMENT = "<|endoftext|>"  # of the byte-level tokenizer; sentencepiece's is </s>
+# How the byte-level tokenizer cuts text into words: Qwen2's pattern, with single digits, which fast encoders know too.
+WORD_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def train_tokenizer(
@@ -138,14 +142,17 @@ def _sentences(text: str) -> Iterator[str]:
 
 
 def _train_byte_level(texts: Iterable[str], folder: Path, vocab_size: int) -> None:
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     backend.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
