@@ -1,6 +1,7 @@
 """Sets of The Pile, long documents, inputs from elsewhere: what the rules say is what is in the datasets."""
 
 import http.server
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -82,7 +83,7 @@ def test_a_long_text_is_cut_into_parts_that_are_the_text(text: str, limit: int) 
 
     assert "".join(parts) == text
     assert all(len(part.encode()) <= limit for part in parts)
-    for part, following in zip(parts, parts[1:], strict=False):
+    for part, following in itertools.pairwise(parts):
         # a line is cut only where it is longer than a part
         assert part.endswith("\n") or "\n" not in part or len(following) == 0
 

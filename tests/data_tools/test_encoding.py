@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,9 @@ def test_ids_that_differ_later_in_the_input_stop_the_run(
     tokenizer_spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "FastEncoder", Wrong)
-    haystack = ["hay " * 1000] * 2000 + ["needle " * 1000] * 2000  # eight chunks of each
+    generator = random.Random(0)
+    hay = [generator.randbytes(2000).hex() for _ in range(2000)]
+    haystack = hay[:1000] + [f"{text[:2000]} {'needle ' * 400}" for text in hay[1000:]]  # several chunks of each
     plain = write(tmp_path / "in.jsonl", haystack)
     # a compressed file is one piece, of which the first chunk alone is sampled before the work
     source = f"{plain}.gz"
