@@ -98,7 +98,7 @@ class PlannedRun:
         except Timeout as error:
             raise DataError(f"{self.folder.path}: another process is making this dataset") from error
         try:
-            if not self._continues(overwrite):
+            if not self._continues(encoder, overwrite):
                 self._begin(workers, encoder)
             # neither decides what is in the dataset
             self.folder.update_plan(max_malformed=max_malformed, overwrite=overwrite)
@@ -106,11 +106,14 @@ class PlannedRun:
         finally:
             lock.release()
 
-    def _continues(self, overwrite: bool) -> bool:
+    def _continues(self, encoder: str, overwrite: bool) -> bool:
         """Whether the folder holds an unfinished run of this plan."""
         if not self.folder.plan_path.exists():
             return False
-        differences = different_parts(self.manifest, self.folder.plan()["manifest"])
+        plan = self.folder.plan()
+        differences = different_parts(self.manifest, plan["manifest"])
+        if encoder == REFERENCE and plan["encoder"] != REFERENCE:
+            differences.append("encoder")
         if not differences:
             print(f"{self.prefix}: going on with the run that was stopped", file=sys.stderr)
             return True
