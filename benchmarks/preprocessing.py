@@ -50,7 +50,15 @@ from benchmarks.preprocessing_peers import (
     megatron_contestants,
     ours,
 )
-from benchmarks.preprocessing_report import GPT2, REFERENCE, SENTENCEPIECE, as_markdown, figures
+from benchmarks.preprocessing_report import (
+    GPT2,
+    REFERENCE,
+    SENTENCEPIECE,
+    as_markdown,
+    figures,
+    judged,
+    pile_rows,
+)
 from benchmarks.process_usage import CommandError, Usage, measured
 from benchmarks.storage import measure_storage
 from dsmoe_megatron.errors import EnvironmentNotSupportedError
@@ -227,7 +235,7 @@ def measure(arguments: Namespace, scratch: Path) -> dict[str, Any]:
         report["memory"] = measure_memory(source, arguments.large_megabytes, scratch, tokenizers[GPT2])
     report["index"] = measure_index(arguments.index_documents, arguments.repeats, scratch / "index")
     report["storage"] = measure_storage(scratch, arguments.storage_megabytes)
-    return report
+    return report | {"goals": judged(report), "pile": pile_rows(report)}
 
 
 def run(arguments: Namespace) -> dict[str, Any]:

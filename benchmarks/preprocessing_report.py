@@ -184,7 +184,7 @@ def _identity(comparison: Mapping[str, Any], name: str) -> str:
 
 def _goal_table(report: Mapping[str, Any]) -> str:
     rows = []
-    for verdict in judged(report):
+    for verdict in report["goals"]:
         unit = "MB/s of the clock" if verdict["clock"] == "wall" else "MB per CPU-s"
         what = f"{verdict['row']} / {verdict['peer']}" if verdict["peer"] else verdict["row"]
         cells = [_against(verdict[part], verdict["wanted"]) for part in ("whole", "without_startup")]
@@ -224,7 +224,7 @@ def _pile_table(report: Mapping[str, Any]) -> str:
             f"{row['disk_hours']:.2f}",
             "storage" if row["disk_hours"] > row["hours"] else "processors",
         ]
-        for row in pile_rows(report)
+        for row in report["pile"]
     ]
     return "\n".join(table(header, rows))
 
