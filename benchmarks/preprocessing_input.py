@@ -5,15 +5,18 @@ read nothing else. All hold the same documents in the same order. Documents that
 are left out: empty ones, and those that spell out a special token.
 """
 
+import glob
+import io
 import itertools
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
-from data_tools.documents import extract_documents, find_sources, read_chunks
 from dsmoe_megatron.errors import DataError
 from dsmoe_megatron.tokenizers import CODEGEN, load_tokenizer, save_huggingface
 
@@ -54,7 +57,7 @@ def cut_input(corpus: list[str], megabytes: float, folder: Path) -> Input:
     """The first documents of the corpus, up to a size.
 
     Args:
-        corpus: files as for data_tools/preprocess.py.
+        corpus: .jsonl and .jsonl.zst files, by name or pattern.
         megabytes: text to take [MB].
         folder: made and filled.
     """
@@ -96,10 +99,15 @@ def repeated_files(source: Input, megabytes: float, folder: Path) -> tuple[list[
 
 def plain_documents(corpus: list[str]) -> Iterator[str]:
     """The texts without the documents that programs treat differently."""
-    for chunk in read_chunks(find_sources(corpus)):
-        for text in extract_documents(chunk).texts:
-            if not any(token in text for token in SPECIAL_TOKENS):
-                yield text
+    paths = [path for pattern in corpus for path in sorted(glob.glob(pattern))]  # noqa: PTH207, for absolute patterns
+    if not paths:
+        raise DataError(f"--input {' '.join(corpus)}: no such file")
+    for path in paths:
+        with _opened(Path(path)) as lines:
+            for line in lines:
+                text = json.loads(line)["text"]
+                if text.strip() and not any(token in text for token in SPECIAL_TOKENS):
+                    yield text
 
 
 def collect_corpus(folder: Path, megabytes: float) -> list[str]:
@@ -138,6 +146,18 @@ def _data_tool(name: str, *arguments: str) -> None:
     outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if outcome.returncode != 0:
         raise DataError(f"data_tools/{name}: {(outcome.stderr.strip() or 'no output').splitlines()[-1]}")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """The lines of a .jsonl or .jsonl.zst file; not read by the data tools, which are what is measured."""
+    import zstandard
+
+    with path.open("rb") as file:
+        packed = path.suffix == ".zst"
+        content = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) if packed else file
+        with io.TextIOWrapper(content, encoding="utf-8") as lines:
+            yield lines
 
 
 def _compressed(content: bytes) -> bytes:
