@@ -6,13 +6,13 @@ before the work, and some all along it.
 """
 
 import functools
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from dsmoe_megatron.errors import DataError
 from dsmoe_megatron.tokenizers import Tokenizer, tokenizer_from_state
@@ -79,11 +79,11 @@ class FastEncoder:
         except ImportError as error:
             raise FastEncoderError("gigatoken is not installed (pip install gigatoken)") from error
         try:
-            pipeline = json.loads(tokenizer.to_huggingface()[0].to_str())
+            pipeline = orjson.loads(tokenizer.to_huggingface()[0].to_str())
             if not tokenizer.parse_special:
                 # what the library does not know it cannot find in a text
                 pipeline["added_tokens"] = [token for token in pipeline["added_tokens"] if not token["special"]]
-            self._tokenizer = gigatoken.Tokenizer.from_json(json.dumps(pipeline))
+            self._tokenizer = gigatoken.Tokenizer.from_json(orjson.dumps(pipeline))
         except Exception as error:  # ours where the conversion is not exact; gigatoken's own are of several kinds
             reason = str(error).strip().split("\n")[0]
             raise FastEncoderError(f"gigatoken cannot express this tokenizer ({reason})") from error
@@ -165,7 +165,7 @@ def stored_tokenizer(path: str, fingerprint: str, special_tokens: str, encoder: 
         special_tokens: whether they are parsed.
         encoder: name of the encoder.
     """
-    tokenizer = tokenizer_from_state(json.loads(Path(path).read_text(encoding="utf-8")))
+    tokenizer = tokenizer_from_state(orjson.loads(Path(path).read_bytes()))
     if (tokenizer.fingerprint, tokenizer.parse_special) != (fingerprint, special_tokens == "parse"):
         raise DataError(f"{path} is not the tokenizer of the run's plan: begin anew with --overwrite")
     return tokenizer, make_encoder(encoder, tokenizer)
