@@ -22,6 +22,7 @@ from dsmoe_megatron.runtime.distributed import (
     seed_dropout,
 )
 from dsmoe_megatron.tokenizers import Tokenizer, load_tokenizer
+from dsmoe_megatron.training.blends import cache_dir_of
 from dsmoe_megatron.training.checkpoint import check_disk_space, load_checkpoint, save_checkpoint
 from dsmoe_megatron.training.data import build_datasets, check_datasets, data_identity, global_batches
 from dsmoe_megatron.training.engines.megatron import Batch, MegatronEngine, StepResult
@@ -91,8 +92,7 @@ class TrainingRun:
         self.engine = MegatronEngine(config, device)
         self.rank = parallel_state.get_data_parallel_rank()
         self.ranks = parallel_state.get_data_parallel_world_size()
-        cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else run_dir / "cache"
-        self.train_data, self.validation_data = build_datasets(config, tokenizer, cache_dir)
+        self.train_data, self.validation_data = build_datasets(config, tokenizer, cache_dir_of(config), self._say)
         self.progress = self._resume(data_identity(config, tokenizer, self.train_data))
         self.metrics: MetricsWriter | None = None
         if dist.get_rank() == 0:
