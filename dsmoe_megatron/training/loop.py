@@ -51,8 +51,13 @@ def pretrain(config: Config, device: torch.device) -> None:
             run.train()
 
 
-def open_data(config: Config) -> Tokenizer:
-    """Load the tokenizer, check the datasets against it, and settle the vocabulary size in `config`."""
+def open_data(config: Config, world_size: int | None = None) -> Tokenizer:
+    """Load the tokenizer, check the datasets against it, and settle the vocabulary size in `config`.
+
+    Args:
+        config: recipe.
+        world_size: processes that it is to run on; None takes those of the process group.
+    """
     if not config.data.train:
         raise ConfigurationError("data.train", [], "has no dataset: give a list of {prefix, weight}")
     if config.data.tokenizer is None:
@@ -62,7 +67,7 @@ def open_data(config: Config) -> Tokenizer:
         rule = f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens: set that, or null"
         raise ConfigurationError("model.vocab_size", config.model.vocab_size, rule)
     config.model.vocab_size = tokenizer.vocab_size
-    check_config(config, dist.get_world_size())
+    check_config(config, world_size or dist.get_world_size())
     check_datasets([*config.data.train, *config.data.validation], tokenizer)
     return tokenizer
 
