@@ -190,7 +190,7 @@ class DataConfig:
     separate_documents: bool = False
     """Attention sees only tokens of its own document, as if each document of a sample were a sample of its own."""
     cache_dir: str | None = None
-    """Folder of the sample indices; null keeps them in the run folder."""
+    """Folder of the sample indices, which all nodes see and other runs may share; null keeps them in the run folder."""
     num_workers: int = 0
     """Loader processes per rank; 0 reads in the training process."""
 

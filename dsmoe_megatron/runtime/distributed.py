@@ -83,6 +83,16 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[None
 
 
 @contextlib.contextmanager
+def group_of_one() -> Iterator[None]:
+    """torch.distributed for the time of the block, on this process alone whatever a launcher has set."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
 def model_parallel_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]:
     """megatron-core's process groups and random states for the time of the block.
 

@@ -6,41 +6,24 @@ neither the data-parallel size nor gradient accumulation changes what is in a gl
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from dsmoe_megatron.config import Config, DatasetSource
 from dsmoe_megatron.errors import DataError
+from dsmoe_megatron.runtime.distributed import raised_on_every_rank
 from dsmoe_megatron.tokenizers import Tokenizer
+from dsmoe_megatron.training.blends import blends_of
 from dsmoe_megatron.training.engines.megatron import Batch
+from dsmoe_megatron.training.index_cache import Say
 
 INDEX_HEADER_BYTES = 34  # magic 9, version 8, dtype 1, sequences 8, documents 8
 TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # dtype code -> bytes of a token
-
-
-@dataclass(frozen=True)
-class DatasetTokenizer:
-    """What megatron-core's datasets ask of a tokenizer.
-
-    Attributes:
-        vocab_size: tokens.
-        eod: end-of-document id.
-        pad: an id that is in no document, so that nothing is masked.
-        unique_identifiers: part of the name of the cached sample indices.
-    """
-
-    vocab_size: int
-    eod: int
-    unique_identifiers: OrderedDict[str, object]
-    pad: int = -1
 
 
 def check_datasets(sources: Sequence[DatasetSource], tokenizer: Tokenizer) -> None:
@@ -117,44 +100,31 @@ def data_identity(config: Config, tokenizer: Tokenizer, train_data: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def build_datasets(config: Config, tokenizer: Tokenizer, cache_dir: Path) -> tuple[Any, Any | None]:
-    """The training and validation datasets; their sample indices are built by rank 0 and cached.
+def build_datasets(config: Config, tokenizer: Tokenizer, cache_dir: Path, say: Say = print) -> tuple[Any, Any | None]:
+    """The training and validation datasets; rank 0 makes their sample indices, or checks those in the cache.
 
     Args:
         config: checked recipe; the training set covers train.steps, the validation set evaluation.batches.
         tokenizer: that the data was made with.
-        cache_dir: folder of the sample indices.
+        cache_dir: folder of the sample indices, which all ranks see.
+        say: takes one line on each blend whose indices are built, on rank 0.
 
     Returns:
         Training dataset, and the validation dataset or None.
+
+    Raises:
+        DataError: the cache folder cannot be written or is not shared; on every rank.
     """
-    batch = config.train.global_batch_size
-    sizes = [config.train.steps * batch, config.evaluation.batches * batch if config.data.validation else 0, 0]
-    adapter = DatasetTokenizer(
-        tokenizer.vocab_size, tokenizer.end_of_document_id, OrderedDict(fingerprint=tokenizer.fingerprint)
-    )
-    dataset_config = GPTDatasetConfig(
-        random_seed=config.train.seed,
-        sequence_length=config.train.sequence_length,
-        blend_per_split=[_blend(config.data.train), _blend(config.data.validation), None],
-        tokenizer=adapter,
-        path_to_cache=str(cache_dir),
-        reset_position_ids=config.data.separate_documents,
-        reset_attention_mask=False,
-        # what follows a document says nothing of it: its last token predicts nothing
-        eod_mask_loss=config.data.separate_documents,
-        create_attention_mask=False,
-    )
-    train, validation, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, dataset_config).build()
-    return train, validation
-
-
-def _blend(sources: Sequence[DatasetSource]) -> tuple[list[str], list[float] | None] | None:
-    if not sources:
-        return None
-    # a single dataset without a weight is read as it is, without a blending index
-    weights = [source.weight for source in sources] if len(sources) > 1 else None
-    return [source.prefix for source in sources], weights
+    blends = blends_of(config, tokenizer, cache_dir)
+    datasets: list[Any | None] = [None] * len(blends)
+    with raised_on_every_rank():  # which is also what the other ranks wait at
+        if dist.get_rank() == 0:
+            datasets = [blend.make_indices(say) for blend in blends]
+    with raised_on_every_rank():
+        train, *validation = [
+            blend.open() if dataset is None else dataset for dataset, blend in zip(datasets, blends, strict=True)
+        ]
+    return train, validation[0] if validation else None
 
 
 def global_batches(

@@ -22,6 +22,7 @@ from dsmoe_megatron.runtime.distributed import (
     seed_dropout,
 )
 from dsmoe_megatron.tokenizers import Tokenizer, load_tokenizer
+from dsmoe_megatron.training.blends import cache_dir_of
 from dsmoe_megatron.training.checkpoint import check_disk_space, load_checkpoint, save_checkpoint
 from dsmoe_megatron.training.data import build_datasets, check_datasets, data_identity, global_batches
 from dsmoe_megatron.training.engines.megatron import Batch, MegatronEngine, StepResult
@@ -50,8 +51,13 @@ def pretrain(config: Config, device: torch.device) -> None:
             run.train()
 
 
-def open_data(config: Config) -> Tokenizer:
-    """Load the tokenizer, check the datasets against it, and settle the vocabulary size in `config`."""
+def open_data(config: Config, world_size: int | None = None) -> Tokenizer:
+    """Load the tokenizer, check the datasets against it, and settle the vocabulary size in `config`.
+
+    Args:
+        config: recipe.
+        world_size: processes that it is to run on; None takes those of the process group.
+    """
     if not config.data.train:
         raise ConfigurationError("data.train", [], "has no dataset: give a list of {prefix, weight}")
     if config.data.tokenizer is None:
@@ -61,7 +67,7 @@ def open_data(config: Config) -> Tokenizer:
         rule = f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens: set that, or null"
         raise ConfigurationError("model.vocab_size", config.model.vocab_size, rule)
     config.model.vocab_size = tokenizer.vocab_size
-    check_config(config, dist.get_world_size())
+    check_config(config, world_size or dist.get_world_size())
     check_datasets([*config.data.train, *config.data.validation], tokenizer)
     return tokenizer
 
@@ -91,8 +97,7 @@ class TrainingRun:
         self.engine = MegatronEngine(config, device)
         self.rank = parallel_state.get_data_parallel_rank()
         self.ranks = parallel_state.get_data_parallel_world_size()
-        cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else run_dir / "cache"
-        self.train_data, self.validation_data = build_datasets(config, tokenizer, cache_dir)
+        self.train_data, self.validation_data = build_datasets(config, tokenizer, cache_dir_of(config), self._say)
         self.progress = self._resume(data_identity(config, tokenizer, self.train_data))
         self.metrics: MetricsWriter | None = None
         if dist.get_rank() == 0:
