@@ -180,6 +180,8 @@ def _remote_files(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
         system, path = fsspec.core.url_to_fs(pattern)
         names = sorted(system.glob(path)) if glob.has_magic(path) else [path]
         entries = [(system.unstrip_protocol(name), system.info(name)) for name in names]
+    except FileNotFoundError as error:
+        raise DataError(f"--input {pattern}: no such file") from error
     except Exception as error:  # every protocol has errors of its own
         raise DataError(f"--input {pattern}: {error or type(error).__name__}") from error
     files = [(name, details) for name, details in entries if details.get("type") == "file"]

@@ -170,7 +170,7 @@ def test_files_on_another_machine(texts: list[str], tokenizer_spec: str, server:
 
     assert (tmp_path / "remote_data.bin").read_bytes() == (tmp_path / "data.bin").read_bytes()
     assert manifest["sources"][0]["sha256"] == local["sources"][0]["sha256"]
-    with pytest.raises(DataError, match=rf"--input {server}/missing\.jsonl: "):
+    with pytest.raises(DataError, match=rf"--input {server}/missing\.jsonl: no such file"):
         preprocess([f"{server}/missing.jsonl"], str(tmp_path / "no"), tokenizer_spec)
 
 
