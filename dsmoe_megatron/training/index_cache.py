@@ -133,9 +133,8 @@ class IndexCache:
             built = build(self._unfinished)
             _write_record(self._unfinished, self.inputs)
         except BaseException:
-            shutil.rmtree(
-                self._unfinished, ignore_errors=True
-            )  # on a full disk what is left of it would stay in the way
+            # on a full disk what is left of it would stay in the way
+            shutil.rmtree(self._unfinished, ignore_errors=True)
             raise
         _remove(self.folder)
         self._unfinished.rename(self.folder)

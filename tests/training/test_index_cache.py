@@ -1,12 +1,15 @@
 """Sample indices are there whole or not at all: damage, crashes and rivals change no sample that is trained on."""
 
+import contextlib
 import hashlib
 import json
+import os
 import pickle
 import resource
 import shutil
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -25,25 +28,27 @@ LONG = {"steps": 500_000}  # its indices take about a second to build
 SECONDS_FOR_A_BUILD = 60
 
 
+def open_datasets(config: Config, cache_dir: Path, say: Callable[[str], None]) -> tuple[Any, Any]:
+    """The training and validation datasets, as training builds or opens them."""
+    from dsmoe_megatron.tokenizers import load_tokenizer
+    from dsmoe_megatron.training.data import build_datasets
+
+    assert config.data.tokenizer is not None
+    return build_datasets(config, load_tokenizer(config.data.tokenizer), cache_dir, say)
+
+
 def open_job(config: Config, cache_dirs: list[Path]) -> list[tuple[list[str], str]]:
     """Build or open the datasets over each cache.
 
     Returns:
-        For each, the lines that were said, and a digest of every training and validation sample.
+        For each, the lines that were said, and a digest of the first 200 training and validation samples.
     """
-    from dsmoe_megatron.tokenizers import load_tokenizer
-    from dsmoe_megatron.training.data import build_datasets, check_datasets
-
-    assert config.data.tokenizer is not None
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    check_datasets(config.data.train, tokenizer)
     answers = []
     for cache_dir in cache_dirs:
         said: list[str] = []
-        datasets = build_datasets(config, tokenizer, cache_dir, said.append)
+        datasets = open_datasets(config, cache_dir, said.append)
         digest = hashlib.sha256()
         for dataset in datasets:
-            assert dataset is not None
             for number in range(min(len(dataset), 200)):
                 digest.update(dataset[number]["tokens"].numpy().tobytes())
         answers.append((said, digest.hexdigest()))
@@ -52,9 +57,8 @@ def open_job(config: Config, cache_dirs: list[Path]) -> list[tuple[list[str], st
 
 def build_alone(config: Config, cache_dir: Path, said: Path) -> None:
     """A process of its own that builds, and writes what it says into a file."""
-    with group_of_one():
-        ((lines, _),) = open_job(config, [cache_dir])
-    said.write_text("\n".join(lines))
+    with group_of_one(), said.open("w", buffering=1) as file:
+        open_datasets(config, cache_dir, lambda line: print(line, file=file))
 
 
 def contents(cache_dir: Path) -> dict[str, bytes]:
@@ -167,6 +171,19 @@ def test_records_that_vouch_for_nothing_are_found(
         assert "record.json is damaged, or of other indices" in lines[0]
 
 
+def test_a_file_cut_short_is_told_by_its_size(
+    worker_pool: WorkerPool, small_data: SmallData, fresh: tuple[Path, str], tmp_path: Path
+) -> None:
+    cache_dir = shutil.copytree(fresh[0], tmp_path / "cache")
+    array = sorted(index_folder(cache_dir).glob("*sample_index.npy"))[0]
+    size = array.stat().st_size
+    cut_short(array)
+
+    (lines,) = reopened(worker_pool, run_config(small_data, tmp_path), fresh, {"": cache_dir}).values()
+
+    assert f"{array.name} has {size - 1} bytes where {size} were written" in lines[0]
+
+
 def test_what_a_broken_build_left_is_removed(
     worker_pool: WorkerPool, small_data: SmallData, fresh: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -233,10 +250,16 @@ def test_a_dataset_that_is_made_again_gets_indices_of_its_own(
     assert digests[0] != digests[1]
 
 
-def started(worker_pool: WorkerPool, config: Config, cache_dir: Path, said: Path) -> BaseProcess:
+@contextlib.contextmanager
+def started(worker_pool: WorkerPool, config: Config, cache_dir: Path, said: Path) -> Iterator[BaseProcess]:
+    """A process that builds, and that ends with the block at the latest."""
     process: BaseProcess = worker_pool.context.Process(target=build_alone, args=(config, cache_dir, said))
     process.start()
-    return process
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 def wait_until(happened: Callable[[], bool]) -> None:
@@ -260,12 +283,11 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(
 ) -> None:
     """Killed when so many files have been begun."""
     config, cache_dir = run_config(small_data, tmp_path, train=LONG), tmp_path / "cache"
-    process = started(worker_pool, config, cache_dir, tmp_path / "said")
 
-    wait_until(lambda: len(list(cache_dir.glob("train-*.building/*"))) >= files and cache_dir.exists())
-    wait_until(lambda: any(cache_dir.glob("train-*.building")))
-    process.kill()
-    process.join()
+    with started(worker_pool, config, cache_dir, tmp_path / "said") as process:
+        wait_until(lambda: any(cache_dir.glob("train-*.building")))
+        wait_until(lambda: len(list(cache_dir.glob("train-*.building/*"))) >= files)
+        process.kill()
 
     assert not [path for path in cache_dir.glob("train-*") if path.suffix == ""]
     ((again, _),) = worker_pool.run(1, open_job, config, [cache_dir])[0]
@@ -276,19 +298,23 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(
 def test_jobs_that_share_a_cache_build_it_once(
     worker_pool: WorkerPool, small_data: SmallData, long_build: Path, tmp_path: Path
 ) -> None:
+    """The first is halted while it builds, until the second has come upon it."""
     config, cache_dir = run_config(small_data, tmp_path, train=LONG), tmp_path / "cache"
-    first = started(worker_pool, config, cache_dir, tmp_path / "first")
-    wait_until(lambda: any(cache_dir.glob("train-*.building")))
-    second = started(worker_pool, config, cache_dir, tmp_path / "second")
+    said = {name: tmp_path / name for name in ("first", "second")}
+    with started(worker_pool, config, cache_dir, said["first"]) as first:
+        wait_until(lambda: any(cache_dir.glob("train-*.building")))
+        assert first.pid is not None
+        os.kill(first.pid, signal.SIGSTOP)
+        with started(worker_pool, config, cache_dir, said["second"]) as second:
+            wait_until(lambda: said["second"].exists() and "waiting for another job" in said["second"].read_text())
+            os.kill(first.pid, signal.SIGCONT)
+            for process in (first, second):
+                process.join(SECONDS_FOR_A_BUILD)
 
-    for process in (first, second):
-        process.join(SECONDS_FOR_A_BUILD)
     assert (first.exitcode, second.exitcode) == (0, 0)
     assert contents(cache_dir) == contents(long_build)
-    assert "building the sample indices" in (tmp_path / "first").read_text()
-    said = (tmp_path / "second").read_text().splitlines()
-    assert "waiting for another job" in said[0]
-    assert not [line for line in said if "train-" in line and ": building" in line]
+    lines = [line for path in said.values() for line in path.read_text().splitlines()]
+    assert [line.count(": building the sample indices") for line in lines if "/train-" in line].count(1) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(
