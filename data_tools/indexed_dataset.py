@@ -7,6 +7,7 @@ The files are byte for byte what megatron-core's IndexedDatasetBuilder writes fo
 import hashlib
 import os
 import struct
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -82,7 +83,7 @@ class IndexedDatasetWriter:
         self.append("bin", ids.tobytes())
         self.append_lengths(lengths)
 
-    def append(self, suffix: str, content: bytes) -> None:
+    def append(self, suffix: str, content: "bytes | memoryview[int]") -> None:
         """Append to the ids (bin) or the paths of documents; their lengths are told by `append_lengths`."""
         self._files[suffix].write(content)
         self._hashes[suffix].update(content)
@@ -104,7 +105,8 @@ class IndexedDatasetWriter:
         tokens = sum(int(lengths.sum(dtype=np.int64)) for lengths in self._lengths)
         if tokens * self.dtype.itemsize != self._bytes["bin"]:
             raise ValueError(f"{self._bytes['bin']} bytes are not {tokens} ids of {self.dtype}")
-        self.append("idx", self._index())
+        for table in self._index():
+            self.append("idx", table)
         for file in self._files.values():
             sync(file)
             file.close()
@@ -119,7 +121,7 @@ class IndexedDatasetWriter:
             temporary(path).replace(path)
         sync_folder(self._paths["bin"].parent)
 
-    def _index(self) -> bytes:
+    def _index(self) -> "Iterator[bytes | memoryview[int]]":
         """Header, dtype code, counts, then per document its length and the byte that it starts at; every document is
         one sequence, so the last table, of the documents' first sequences, is 0, 1, 2 ..."""
         if not self._lengths:
@@ -130,7 +132,11 @@ class IndexedDatasetWriter:
         starts *= self.dtype.itemsize
         document_indices = np.arange(len(lengths) + 1, dtype=np.int64)
         counts = struct.pack("<QBQQ", INDEX_VERSION, DTYPE_CODES[self.dtype.name], len(lengths), len(document_indices))
-        return b"".join([INDEX_HEADER, counts, lengths.tobytes(), starts.tobytes(), document_indices.tobytes()])
+        yield INDEX_HEADER
+        yield counts
+        tables: list[Any] = [lengths, starts, document_indices]
+        for table in tables:
+            yield memoryview(table).cast("B")  # not copied: there may be millions
 
 
 def write_whole(path: Path, content: bytes) -> None:

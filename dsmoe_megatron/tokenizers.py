@@ -339,9 +339,11 @@ def _pipeline_fingerprint(pipeline: str) -> str:
     """SHA-256 of a serialised tokenizer. Nulls and falses are left out: later library releases add options so."""
 
     def without_defaults(value: Any) -> Any:
+        # leaves are not asked for their own: a vocabulary has a hundred thousand
         if isinstance(value, dict):
-            return {k: without_defaults(v) for k, v in value.items() if v is not None and v is not False}
-        return [without_defaults(v) for v in value] if isinstance(value, list) else value
+            kept = {k: v for k, v in value.items() if v is not None and v is not False}
+            return {k: without_defaults(v) if isinstance(v, dict | list) else v for k, v in kept.items()}
+        return [without_defaults(v) if isinstance(v, dict | list) else v for v in value]
 
     content = without_defaults(json.loads(pipeline))
     content.pop("version", None)
