@@ -1,0 +1,400 @@
+"""Bad input is refused in one line that names the file, or read as an independent reader reads it. Never a traceback.
+
+    python -m tests.data_tools.test_bad_input --inputs 3000
+
+tries more random damage and prints the table of docs/data.md.
+"""
+
+import argparse
+import gzip
+import io
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from data_tools.documents import DocumentRules, extract_documents
+from data_tools.opening import UnreadableInputError
+from data_tools.preprocess import preprocess
+from data_tools.reading import Columns, Digest, read_piece
+from data_tools.sources import cut_tasks, find_sources
+from dsmoe_megatron.errors import DataError
+from dsmoe_megatron.tokenizers import load_tokenizer
+
+SCRIPT = Path(__file__).resolve().parents[2] / "data_tools" / "preprocess.py"
+KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "tree")
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+NASTY_LINES = (
+    b'{"text": "good"}', b'{"text": ""}', b"", b" ", b"\r", b'{"text": 7}', b'{"text": null}',
+    b'{"text": ["a"]}', b"[]", b"7", b'"text"', b"null", b"NaN", b'{"text": NaN}', b'{"other": "x"}',
+    b'{"text": "a", "text": "b"}', b"{'text': 'a'}", b'{"text": "cut', b'{"text": "a"} trailing',
+    b"[" * 100_000, b'{"text": "\\ud83d"}', b'{"text": "\\udc00\\ud800 x"}', b'{"text": "\\ud83d\\ude00"}',
+    b'{"text": "caf\xe9"}', b"\xef\xbb\xbf" + b'{"text": "mark"}', b'{"text": "a\x00b"}',
+    b'{"text": "a\\u0000b"}', b'{"text": "line \xe2\x80\xa8 end"}', b'{"text": "cr"}\r',
+    b'{"n": 1e999, "text": "big"}', b'{"n": 123456789012345678901234567890, "text": "long"}', b"\x00" * 50,
+    bytes(range(256)), b'{"text": "\xf0\x9f\x98\x80"}',
+)  # fmt: skip
+
+
+def read_lines_independently(content: bytes) -> tuple[list[str], int, int]:
+    """Texts, malformed lines and empty documents of a .jsonl file, by the standard library alone."""
+    texts, malformed, empty = [], 0, 0
+    for line in content.split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line.decode("utf-8", "replace").removeprefix("\ufeff"))["text"]
+            assert isinstance(text, str)
+        except (ValueError, KeyError, TypeError, RecursionError, AssertionError):
+            malformed += 1
+            continue
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        texts += [text] if text else []
+        empty += not text
+    return texts, malformed, empty
+
+
+def read_ours(path: Path) -> tuple[list[str], Counter[str]]:
+    """What the data tools make of an input.
+
+    Raises:
+        DataError: they refuse it.
+    """
+    texts: list[str] = []
+    skipped: Counter[str] = Counter()
+    rules = DocumentRules(generated_files="keep", extensions=(".py",))
+    for task in cut_tasks(find_sources([str(path)], rules.extensions), workers=2):
+        for piece in task:
+            for chunk in read_piece(piece, Columns(), Digest()):
+                found = extract_documents(chunk, rules)
+                texts += found.texts
+                skipped += found.skipped
+                assert found.skipped["malformed"] == 0 or found.complaints
+                assert all(str(path) in complaint for complaint in found.complaints)
+    return texts, skipped
+
+
+def texts_of(path: Path) -> Iterator[str]:
+    """The documents of an input, as long as it can be read."""
+    for task in cut_tasks(find_sources([str(path)]), workers=1):
+        for piece in task:
+            for chunk in read_piece(piece, Columns(), Digest()):
+                yield from extract_documents(chunk, DocumentRules()).texts
+
+
+def unpack(path: Path, content: bytes) -> bytes:
+    if path.suffix == ".gz":
+        return gzip.decompress(content)
+    if path.suffix == ".zst":
+        return zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content), read_across_frames=True).read()
+    return content
+
+
+def parquet_of(texts: list[str | None]) -> bytes:
+    buffer = io.BytesIO()
+    pa.parquet.write_table(pa.table({"text": pa.array(texts, pa.string())}), buffer, row_group_size=7)
+    return buffer.getvalue()
+
+
+def make_input(kind: str, generator: random.Random) -> bytes:
+    """A stored file with good and nasty records."""
+    lines = [generator.choice(NASTY_LINES) for _ in range(generator.randrange(25))]
+    if kind == "parquet":
+        return parquet_of([generator.choice(["good", "", None, REPLACEMENT, "a\0b"]) for _ in lines])
+    content = b"\n".join(lines)
+    pack: dict[str, Callable[[bytes], bytes]] = {
+        "jsonl.gz": gzip.compress,
+        "jsonl.zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+    }
+    return pack.get(kind, bytes)(content)
+
+
+def damage(content: bytes, generator: random.Random) -> bytes:
+    """Flip, cut, repeat or insert some bytes."""
+    spoilt = bytearray(content)
+    for _ in range(generator.randrange(4)):
+        if not spoilt:
+            break
+        place = generator.randrange(len(spoilt))
+        match generator.randrange(4):
+            case 0:
+                spoilt[place] ^= 1 << generator.randrange(8)
+            case 1:
+                del spoilt[place:]
+            case 2:
+                spoilt[place:place] = spoilt[place : place + generator.randrange(20)]
+            case _:
+                spoilt[place:place] = generator.randbytes(generator.randrange(5))
+    return bytes(spoilt)
+
+
+def try_one(folder: Path, kind: str, generator: random.Random) -> str:
+    """What became of one random input: accepted, refused, or the name of the fault in the data tools."""
+    path = folder / ("tree" if kind == "tree" else f"in.{kind}")
+    content = damage(make_input(kind, generator), generator)
+    if kind == "tree":
+        path.mkdir(exist_ok=True)
+    (path / "a.py" if kind == "tree" else path).write_bytes(content)
+    try:
+        texts, skipped = read_ours(path)
+    except DataError as error:
+        one_line = str(path) in str(error) and "\n" not in str(error)
+        return "refused" if one_line and kind not in ("jsonl", "tree") else f"refused without cause: {error}"
+    except Exception as error:
+        return f"crash: {type(error).__name__}: {error}"
+    return "accepted" if is_what_was_stored(path, kind, content, texts, skipped) else f"silent loss: {content[:200]!r}"
+
+
+def is_what_was_stored(path: Path, kind: str, content: bytes, texts: list[str], skipped: Counter[str]) -> bool:
+    if kind == "tree":
+        text = content.decode("utf-8", "replace").removeprefix("\ufeff")
+        expected = [] if b"\0" in content[:8192] or not text else [text]
+        return texts == expected and len(texts) + skipped.total() == 1
+    if kind == "parquet":
+        column = pa.parquet.read_table(path).column("text").cast(pa.binary()).to_pylist()
+        stored = [value.decode("utf-8", "replace").removeprefix("\ufeff") for value in column if value is not None]
+        counts = {"malformed": column.count(None), "empty": stored.count("")}
+        return texts == [text for text in stored if text] and skipped == Counter(counts)
+    stored_texts, malformed, empty = read_lines_independently(unpack(path, content))
+    return texts == stored_texts and skipped == Counter({"malformed": malformed, "empty": empty})
+
+
+def try_many(folder: Path, inputs: int, seed: int) -> dict[str, Counter[str]]:
+    """Outcomes of random inputs, by kind."""
+    generator = random.Random(seed)
+    outcomes: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+    for number in range(inputs):
+        kind = KINDS[number % len(KINDS)]
+        outcomes[kind][try_one(folder, kind, generator)] += 1
+    return outcomes
+
+
+def test_random_damage_is_refused_or_read_as_it_is_stored(tmp_path: Path) -> None:
+    outcomes = try_many(tmp_path, inputs=1500, seed=0)
+
+    assert {outcome for counts in outcomes.values() for outcome in counts} == {"accepted", "refused"}
+    assert all(counts["accepted"] > 10 for counts in outcomes.values())
+
+
+def test_every_nasty_line_is_read_or_counted(tokenizer_spec: str, tmp_path: Path) -> None:
+    content = b"\n".join(NASTY_LINES)
+    (tmp_path / "in.jsonl").write_bytes(content)
+    texts, malformed, empty = read_lines_independently(content)
+
+    (manifest,) = preprocess([str(tmp_path / "in.jsonl")], str(tmp_path / "data"), tokenizer_spec, max_malformed=1.0)
+
+    assert manifest["documents"] == len(texts)
+    assert manifest["skipped"] == {"malformed": malformed, "empty": empty}
+    assert manifest["tokens"] == sum(len(ids) + 1 for ids in load_tokenizer(tokenizer_spec).encode_batch(texts))
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet"])
+def test_a_file_cut_anywhere_is_refused_or_kept_up_to_there(kind: str, tmp_path: Path) -> None:
+    generator = random.Random(0)
+    texts = [f"{number} {generator.randbytes(30).hex()}" for number in range(400)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    whole = {"jsonl.gz": gzip.compress(lines), "jsonl.zst": zstandard.ZstdCompressor().compress(lines)}.get(
+        kind, parquet_of(list(texts))
+    )
+    path = tmp_path / f"in.{kind}"
+    for length in sorted({1, len(whole) - 1, *(generator.randrange(1, len(whole)) for _ in range(60))}):
+        path.write_bytes(whole[:length])
+        read: list[str] = []
+        with pytest.raises(UnreadableInputError, match=rf"in\.{kind}: "):
+            read.extend(texts_of(path))
+        assert read == texts[: len(read)]
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected", "counts"),
+    [
+        ("replace", [f"caf{REPLACEMENT}", "half \N{REPLACEMENT CHARACTER}", "good"], ({}, 2)),
+        ("skip", ["good"], ({"invalid_utf8": 2}, 0)),
+    ],
+)
+def test_what_is_no_utf8_is_treated_as_asked(
+    policy: str, expected: list[str], counts: tuple[dict[str, int], int], tmp_path: Path
+) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"text": "caf\xe9"}\n{"text": "half \\ud83d"}\n{"text": "good"}\n')
+    ((piece,),) = cut_tasks(find_sources([str(path)]), workers=1)
+    (chunk,) = read_piece(piece, Columns(), Digest())
+
+    found = extract_documents(chunk, DocumentRules(invalid_utf8=policy))  # type: ignore[arg-type]
+
+    assert found.texts == expected
+    assert (dict(found.skipped), found.invalid_utf8) == counts
+    with pytest.raises(DataError, match=r"in\.jsonl:1: not valid UTF-8: mend it, or see --invalid-utf8"):
+        extract_documents(chunk, DocumentRules(invalid_utf8="stop"))
+
+
+@pytest.mark.parametrize("kind", KINDS[:4])
+def test_files_of_no_byte(kind: str, tokenizer_spec: str, tmp_path: Path) -> None:
+    (tmp_path / f"in.{kind}").write_bytes(b"")
+
+    with pytest.raises(DataError, match=r"no document in .*in\.|in\.parquet: damaged or no parquet file"):
+        preprocess([str(tmp_path / f"in.{kind}")], str(tmp_path / "data"), tokenizer_spec)
+
+
+def test_lines_of_a_hundred_megabytes(tokenizer_spec: str, tmp_path: Path) -> None:
+    long = "words and 12345 numbers\n" * 4_400_000
+    assert len(long) > 100e6
+    path = tmp_path / "in.jsonl"
+    with path.open("w") as file:
+        file.write(json.dumps({"text": "first"}) + "\n" + json.dumps({"text": long}) + "\n")
+        file.write('{"text": "' + "x" * 100_000_000 + "\n" + json.dumps({"text": "last"}) + "\n")
+    command = [sys.executable, str(SCRIPT), "--input", str(path), "--output-prefix", str(tmp_path / "data")]
+
+    subprocess.run([*command, "--tokenizer", tokenizer_spec, "--max-malformed", "0.5"], check=True)
+
+    manifest = json.loads((tmp_path / "data.manifest.json").read_text())
+    assert (manifest["documents"], manifest["skipped"]) == (3, {"malformed": 1})
+    assert manifest["text_bytes"] == len(long) + len("firstlast")
+    assert manifest["malformed_first"][0].startswith(f"{path}:3: not JSON")
+
+
+def test_links_pipes_and_sockets_are_neither_followed_nor_waited_for(tokenizer_spec: str, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "sub").mkdir(parents=True)
+    (tree / "a.jsonl").write_text('{"text": "once"}\n')
+    (tree / "sub" / "b.py").write_text("x = 1\n")
+    (tree / "sub" / "loop").symlink_to(tree)
+    (tree / "dangling.py").symlink_to(tree / "nowhere")
+    os.mkfifo(tree / "pipe.py")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tree / "socket.py"))
+
+    (of_tree,) = preprocess(
+        [str(tree)], str(tmp_path / "tree_data"), tokenizer_spec, rules=DocumentRules(extensions=(".py",))
+    )
+    (of_pattern,) = preprocess([f"{tree}/**/*.jsonl"], str(tmp_path / "pattern_data"), tokenizer_spec)
+
+    assert (of_tree["documents"], of_tree["skipped"]) == (1, {"not_regular": 3, "other_extension": 1})
+    assert of_pattern["documents"] == 1
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"pipe\.jsonl: not a regular file"):
+        preprocess([str(tmp_path / "pipe.jsonl")], str(tmp_path / "no"), tokenizer_spec)
+
+
+def test_names_of_files_may_be_any_bytes(tokenizer_spec: str, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    names = [b"line\nend.py", b"latin\xe9.py", b"a b\t.py"]
+    for name in names:
+        Path(os.fsdecode(os.fsencode(tree) + b"/" + name)).write_text(f"x = {name!r}\n")
+
+    (manifest,) = preprocess([str(tree)], str(tmp_path / "data"), tokenizer_spec)
+
+    kept = [json.loads(line) for line in (tmp_path / "data.paths.jsonl").read_text().splitlines()]
+    assert sorted(os.fsencode(name) for name in kept) == sorted(names)
+    assert manifest["documents"] == 3
+
+
+def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in "abc":
+        (tree / f"{name}.py").write_text(f"{name} = 1\n")
+    tasks = cut_tasks(find_sources([str(tree)]), workers=1)
+    (tree / "b.py").unlink()
+    read: list[bytes] = []
+
+    with pytest.raises(UnreadableInputError, match=r"tree/b\.py: No such file"):
+        read.extend(record for chunk in read_piece(tasks[0][0], Columns(), Digest()) for record in chunk.records)
+
+    assert read == [b"a = 1\n"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(
+    texts: list[str], tokenizer_spec: str, small_disk: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prefix = str(small_disk / "data")
+    (small_disk / "other").write_bytes(bytes(4_500_000))
+    with pytest.raises(DataError, match=r"No space left on device"):
+        preprocess([str(tmp_path / "in.jsonl")], prefix, tokenizer_spec, workers=2)
+    assert not Path(f"{prefix}.manifest.json").exists()
+    assert not Path(f"{prefix}.bin").exists()
+
+    (small_disk / "other").unlink()
+    preprocess([str(tmp_path / "in.jsonl")], prefix, tokenizer_spec, workers=2)
+
+    preprocess([str(tmp_path / "in.jsonl")], str(tmp_path / "whole"), tokenizer_spec)
+    assert Path(f"{prefix}.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()
+
+
+def test_an_output_that_cannot_be_written_is_named(tokenizer_spec: str, small_disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "file").write_text("")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for prefix, message in (
+        (small_disk / "data", r"disk/data\.work: Read-only file system"),
+        (tmp_path / "file" / "data", r"file/data\.work: Not a directory"),
+    ):
+        with pytest.raises(DataError, match=message):
+            preprocess([str(tmp_path / "in.jsonl")], str(prefix), tokenizer_spec)
+
+
+def test_ids_with_holes_decide_the_dtype_by_the_largest(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "one": 1, "far": 70_000}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(tmp_path / "words")
+    (tmp_path / "in.jsonl").write_text('{"text": "one far"}\n')
+
+    (manifest,) = preprocess([str(tmp_path / "in.jsonl")], str(tmp_path / "data"), str(tmp_path / "words"))
+
+    assert manifest["dtype"] == "int32"
+    assert manifest["tokens"] == 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--inputs", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes = try_many(Path(folder), arguments.inputs, arguments.seed)
+    print(
+        "| Input | Tried | Read as stored | Refused in one line | Crashes | Silent losses |\n|---|---|---|---|---|---|"
+    )
+    for kind, counts in outcomes.items():
+        found = Counter({name.split(":")[0]: 0 for name in counts})
+        for name, count in counts.items():
+            found[name.split(":")[0]] += count
+        faults = [found["crash"] + found["refused without cause"], found["silent loss"]]
+        print(f"| {kind} | {counts.total()} | {found['accepted']} | {found['refused']} | {faults[0]} | {faults[1]} |")
+        for name in counts:
+            if ":" in name:
+                print(name, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
