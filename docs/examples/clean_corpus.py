@@ -2,9 +2,9 @@
 
     python docs/examples/clean_corpus.py --input corpus --evaluation test.jsonl --output cleaned
 
-Reads the .jsonl, .jsonl.gz and .jsonl.zst files of a folder and writes cleaned/NNNNN.jsonl.gz, which preprocess.py reads.
+Reads the .jsonl, .jsonl.gz and .jsonl.zst files of a folder and writes cleaned/NNNNN.jsonl.gz for preprocess.py.
 MinHash finds documents that share most of their five-word runs (Lee et al. 2021, arXiv 2107.06499); a filter of our own
-drops those that share a run of 13 words with an evaluation text (Brown et al. 2020, arXiv 2005.14165, appendix C), since
+drops those that share a run of 13 words with an evaluation text (Brown et al. 2020, arXiv 2005.14165, appendix C):
 datatrove's n-gram block takes its evaluations from lighteval's registry alone. Needs the extra `cleaning`.
 """
 
