@@ -247,7 +247,9 @@ def build_parser() -> ArgumentParser:
     """The command line."""
     parser = benchmark_parser("preprocessing", "Data preparation beside Megatron-LM's")
     all_comparisons = [GPT2, REFERENCE, SENTENCEPIECE]
-    parser.add_argument("--input", nargs="+", default=None, metavar="GLOB", help=".jsonl.zst files; none: collected")
+    parser.add_argument(
+        "--input", nargs="+", default=None, metavar="GLOB", help="a file named twice is read twice; none: collected"
+    )
     parser.add_argument("--megatron-lm", type=Path_drw, default=None, metavar="FOLDER", help="a checkout")
     parser.add_argument(
         "--megatron-python", type=str, default=sys.executable, metavar="FILE", help="runs Megatron-LM's"

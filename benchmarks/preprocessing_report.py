@@ -41,6 +41,8 @@ class Goal:
         peer: whose figure it is divided by; none: the figure itself.
         wanted: at least this.
         clock: `wall` or `processor`.
+        larger_comparison: where the row's speed without start-up is taken from, if it is too fast for the input of this
+            one; of the repeat of the same number.
     """
 
     comparison: str
@@ -48,6 +50,7 @@ class Goal:
     peer: str | None
     wanted: float
     clock: str = "processor"
+    larger_comparison: str | None = None
 
 
 GOALS = (
@@ -56,7 +59,7 @@ GOALS = (
     Goal(GPT2, OURS, FAST, 1.5),
     Goal(GPT2, OURS, FAST_PLAIN, 1.5),
     Goal(GPT2, TWO_WORKERS, OURS, 1.8, clock="wall"),
-    Goal(REFERENCE, OURS, PREPROCESS_DATA, 50),
+    Goal(REFERENCE, OURS, PREPROCESS_DATA, 50, larger_comparison=GPT2),
     Goal(REFERENCE, HUGGINGFACE_ONLY, BARE_TOKENIZERS, 0.9),
     Goal(SENTENCEPIECE, SENTENCEPIECE_ROW, BARE_SENTENCEPIECE, 0.9),
 )
@@ -104,10 +107,11 @@ def judged(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             "clock": goal.clock,
             "wanted": goal.wanted,
         }
-        for figure in (goal.clock, f"{goal.clock}_without_startup"):
-            own = rows[goal.row]["figures"][figure]
-            values = own if goal.peer is None else ratios(own, rows[goal.peer]["figures"][figure])
-            verdict["without_startup" if figure != goal.clock else "whole"] = values
+        larger = report["comparisons"].get(goal.larger_comparison, {"rows": rows})["rows"]
+        for part, own_rows in (("whole", rows), ("without_startup", larger)):
+            figure = goal.clock if part == "whole" else f"{goal.clock}_{part}"
+            own = own_rows[goal.row]["figures"][figure]
+            verdict[part] = own if goal.peer is None else ratios(own, rows[goal.peer]["figures"][figure])
         verdicts.append(verdict)
     return verdicts
 

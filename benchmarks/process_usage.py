@@ -5,16 +5,23 @@
 The command is started by this small script in a process of its own, since Linux counts the memory of the process that
 starts another one towards the new one's peak: started from a program that holds torch, everything would seem to need
 hundreds of megabytes. So this file imports the standard library alone.
+
+A process's usage reaches only the one that waits for it. Python's fork server, for one, is waited for by nobody, and
+its workers would cost nothing. So the small script adopts what the command leaves behind, and waits for all of it.
 """
 
+import ctypes
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -61,14 +68,29 @@ def measured(command: Sequence[str], environment: dict[str, str], folder: Path, 
 
 
 def _launch(report: Path, command: Sequence[str]) -> None:
+    _adopt_orphans()
     started = time.perf_counter()
-    # not subprocess.run: only wait4 tells the usage of this one process and of the children that it waited for
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
+    exit_code = subprocess.call(command)
     wall = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
+    _wait_for_all()
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)  # the sum of times, the largest of peaks
     spent = Usage(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss * 1024)
-    report.write_text(json.dumps({"exit_code": process.returncode, **asdict(spent)}), encoding="utf-8")
+    report.write_text(json.dumps({"exit_code": exit_code, **asdict(spent)}), encoding="utf-8")
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent ends (prctl(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def _wait_for_all() -> None:
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            return
 
 
 if __name__ == "__main__":

@@ -51,6 +51,15 @@ def test_usage_is_of_the_command_with_its_children_and_not_of_what_started_it(tm
     assert usage.peak_bytes < len(held) / 2
 
 
+def test_usage_counts_workers_that_nobody_waits_for(tmp_path: Path) -> None:
+    orphan = "import time; held = bytearray(1).ljust(200_000_000)\nwhile time.process_time() < 0.5: pass"
+    # the shell ends at once and leaves it behind
+    usage = measured(["sh", "-c", f"'{sys.executable}' -c '{orphan}' &"], {}, tmp_path, tmp_path / "usage.json")
+
+    assert usage.processor >= 0.5
+    assert usage.peak_bytes > 200_000_000
+
+
 def test_a_failing_command_says_its_last_line(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "raise SystemExit('nothing to read\\n')"]
 
