@@ -152,12 +152,12 @@ def _shown_command(contestant: Contestant) -> str:
     return " ".join(["python", *(Path(part).name if Path(part).is_absolute() else part for part in command[1:])])
 
 
-def measure_memory(larger: Input, megabytes: float, folder: Path, tokenizer: str) -> list[dict[str, float]]:
+def measure_memory(source: Input, megabytes: float, folder: Path, tokenizer: str) -> list[dict[str, float]]:
     """Peak memory of the largest process on a small and on a large input, with two workers."""
     contestant = ours(TWO_WORKERS, tokenizer, workers=2)
     measured_sizes = []
     for number, size in enumerate((megabytes / MEMORY_GROWTH, megabytes)):
-        files, text_megabytes = repeated_files(larger, size, folder / str(number))
+        files, text_megabytes = repeated_files(source, size, folder / str(number))
         print(f"memory: {text_megabytes:.0f} MB of text", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=folder) as outputs:
             usage = run_on_files(contestant, files, Path(outputs, "dataset"))
@@ -231,7 +231,7 @@ def measure(arguments: Namespace, scratch: Path) -> dict[str, Any]:
         if name in chosen
     }
     if arguments.large_megabytes:
-        source = inputs[arguments.megabytes].larger
+        source = inputs[arguments.megabytes].smaller  # small, so that the sizes come out near those wanted
         report["memory"] = measure_memory(source, arguments.large_megabytes, scratch, tokenizers[GPT2])
     report["index"] = measure_index(arguments.index_documents, arguments.repeats, scratch / "index")
     report["storage"] = measure_storage(scratch, arguments.storage_megabytes)
