@@ -26,8 +26,13 @@ INDEX_HEADER_BYTES = 34  # magic 9, version 8, dtype 1, sequences 8, documents 8
 TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # dtype code -> bytes of a token
 
 
-def check_datasets(sources: Sequence[DatasetSource], tokenizer: Tokenizer) -> None:
+def check_datasets(sources: Sequence[DatasetSource], tokenizer: Tokenizer, separate_documents: bool = False) -> None:
     """Refuse datasets that are missing, empty, truncated, or made with another tokenizer.
+
+    Args:
+        sources: the datasets.
+        tokenizer: of the run.
+        separate_documents: whether the run has to see where a document ends.
 
     Raises:
         DataError: one line that names the file.
@@ -38,7 +43,9 @@ def check_datasets(sources: Sequence[DatasetSource], tokenizer: Tokenizer) -> No
             if not path.is_file():
                 raise DataError(f"{path}: no such file; the prefix is the path without .bin/.idx")
         _check_sizes(index, tokens)
-        _check_manifest(Path(f"{source.prefix}.manifest.json"), tokens, index, tokenizer)
+        manifest = _check_manifest(Path(f"{source.prefix}.manifest.json"), tokens, index, tokenizer)
+        if separate_documents:
+            _check_ends(source.prefix, manifest, tokenizer)
 
 
 def _check_sizes(index: Path, tokens: Path) -> None:
@@ -62,7 +69,7 @@ def _check_sizes(index: Path, tokens: Path) -> None:
         raise DataError(f"{tokens}: {tokens.stat().st_size} bytes where {index.name} promises {expected}: truncated")
 
 
-def _check_manifest(manifest: Path, tokens: Path, index: Path, tokenizer: Tokenizer) -> None:
+def _check_manifest(manifest: Path, tokens: Path, index: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     if not manifest.is_file():
         raise DataError(f"{manifest}: no such file, so the tokenizer is unknown: preprocess.py writes it last")
     try:
@@ -78,6 +85,17 @@ def _check_manifest(manifest: Path, tokens: Path, index: Path, tokenizer: Tokeni
             f"{manifest}: the data was made with tokenizer {made_with['spec']} (fingerprint "
             f"{made_with['fingerprint'][:12]}), not with data.tokenizer = {tokenizer.spec} "
             f"({tokenizer.fingerprint[:12]}): give that one, or preprocess the data again"
+        )
+    return dict(content)
+
+
+def _check_ends(prefix: str, manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Documents can be told apart only by the token that the tokenizer ends them with."""
+    end = manifest["tokenizer"].get("end_of_document_id")
+    if manifest.get("options", {}).get("end_of_document") == "none" or end != tokenizer.end_of_document_id:
+        raise DataError(
+            f"{prefix}: its documents do not end with token {tokenizer.end_of_document_id}, by which "
+            "data.separate_documents tells them apart: preprocess it with --end-of-document append, or set that to false"
         )
 
 

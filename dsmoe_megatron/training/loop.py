@@ -68,7 +68,7 @@ def open_data(config: Config, world_size: int | None = None) -> Tokenizer:
         raise ConfigurationError("model.vocab_size", config.model.vocab_size, rule)
     config.model.vocab_size = tokenizer.vocab_size
     check_config(config, world_size or dist.get_world_size())
-    check_datasets([*config.data.train, *config.data.validation], tokenizer)
+    check_datasets([*config.data.train, *config.data.validation], tokenizer, config.data.separate_documents)
     return tokenizer
 
 

@@ -18,8 +18,10 @@ from data_tools.dataset_reader import map_tokens, read_index
 from data_tools.documents import DocumentRules, split_text
 from data_tools.preprocess import preprocess
 from data_tools.verify import verify
+from dsmoe_megatron.config import DatasetSource
 from dsmoe_megatron.errors import DataError
 from dsmoe_megatron.tokenizers import load_tokenizer
+from dsmoe_megatron.training.data import check_datasets
 
 SETS = ("Pile-CC", "Github", "Wikipedia (en)")
 FOLDER_OF_SET = {"Pile-CC": "data_Pile-CC", "Github": "data_Github", "Wikipedia (en)": "data_Wikipedia-en"}
@@ -107,6 +109,21 @@ def test_long_documents_are_split_or_left_out(tokenizer_spec: str, tmp_path: Pat
     assert split["long_documents_split"] == len(found) - 2 > 0
     assert texts_of(tmp_path / "skipped", tokenizer_spec) == ["short"]
     assert skipped["skipped"] == {"too_long": 1}
+
+
+def test_training_that_separates_documents_needs_their_ends(tokenizer_spec: str, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    tokenizer = load_tokenizer(tokenizer_spec)
+    for end in ("append", "none", "<pad>"):
+        rules = DocumentRules(end_of_document=end)
+        preprocess([str(tmp_path / "in.jsonl")], str(tmp_path / end), tokenizer_spec, rules=rules)
+
+    check_datasets([DatasetSource(str(tmp_path / end)) for end in ("append", "none", "<pad>")], tokenizer)
+    check_datasets([DatasetSource(str(tmp_path / "append"))], tokenizer, separate_documents=True)
+
+    for end in ("none", "<pad>"):
+        with pytest.raises(DataError, match=rf"{end}: its documents do not end with token 2, .*separate_documents"):
+            check_datasets([DatasetSource(str(tmp_path / end))], tokenizer, separate_documents=True)
 
 
 def test_parquet_gives_the_dataset_of_the_same_lines(texts: list[str], tokenizer_spec: str, tmp_path: Path) -> None:
