@@ -10,8 +10,8 @@ import pytest
 
 from checkpoints_tools import export_hf
 from data_tools import blend, collect_local_corpus, inspect_dataset, preprocess, train_tokenizer, verify
-from dsmoe_megatron.config_parsing import parse_config
 from docs.examples import clean_corpus
+from dsmoe_megatron.config_parsing import parse_config
 from dsmoe_megatron.errors import ConfigurationError
 from tests.layout_cases import cases
 
