@@ -89,9 +89,10 @@ class FastEncoder:
             raise FastEncoderError(f"gigatoken cannot express this tokenizer ({reason})") from error
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        layout = self._tokenizer.encode_batch(list(texts), parallel=False).layout
-        offsets = np.asarray(layout.offsets).astype(np.int64, copy=False)
-        return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
+        # one by one: a batch costs up to 3 ms besides its texts, a text 1 microsecond
+        encoded = [self._tokenizer.encode(text) for text in texts]
+        ids = np.concatenate(encoded) if encoded else np.empty(0, np.uint32)
+        return ids, np.fromiter(map(len, encoded), np.int64, len(encoded))
 
 
 class FastEncoderError(Exception):
