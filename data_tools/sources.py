@@ -120,11 +120,42 @@ def find_sources(
 
 
 def _local_paths(pattern: str) -> list[str]:
-    # Path.glob knows no absolute patterns
-    paths = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
+    try:
+        paths = [pattern] if Path(pattern).exists() else sorted(_expand(pattern))
+    except OSError as error:  # too long a name, or a folder that may not be entered
+        raise DataError(f"--input {pattern}: {error.strerror or error}") from error
     if not paths:
         raise DataError(f"--input {pattern}: no such file or folder")
     return paths
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    """The paths that a pattern names. `**` enters each folder once: glob would follow two links that lead back up along
+    every way there is, 2^40 of them."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        yield from glob.glob(pattern)  # noqa: PTH207  # Path.glob knows no absolute patterns
+        return
+    cut = parts.index("**")
+    before, after = "/".join(parts[:cut]), parts[cut + 1 :]
+    for start in glob.glob(f"{before}/") if cut else [""]:  # noqa: PTH207
+        for folder in _folders_below(start):
+            if not after and folder:
+                yield folder
+            yield from _expand(glob.escape(folder) + ("/".join(after) if after else "*"))
+
+
+def _folders_below(start: str) -> Iterator[str]:
+    """A folder and those in it, hidden ones left out, links followed; each once, with a slash at its end."""
+    entered: set[str] = set()
+    for place, folders, _ in os.walk(start or ".", onerror=_refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield "" if not start and place == "." else f"{place.removeprefix('' if start else './').rstrip('/')}/"
 
 
 def _local_source(path: str, extensions: frozenset[str], max_file_bytes: int) -> Source:
@@ -152,11 +183,7 @@ def _tree_source(folder: str, extensions: frozenset[str], max_file_bytes: int) -
     """The regular files of a folder, sorted; hidden folders (.git) are not entered, links not followed."""
     kept: list[tuple[str, int, int]] = []
     left_out: Counter[str] = Counter()
-
-    def refuse(error: OSError) -> None:  # os.walk alone would pass over a folder that it cannot read
-        raise error
-
-    for place, folders, names in os.walk(folder, onerror=refuse):
+    for place, folders, names in os.walk(folder, onerror=_refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(place, name) for name in sorted(names)):
             status = path.lstat()
@@ -170,6 +197,11 @@ def _tree_source(folder: str, extensions: frozenset[str], max_file_bytes: int) -
                 kept.append((path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns))
     files, sizes = tuple(name for name, _, _ in kept), tuple(size for _, size, _ in kept)
     return Source(folder, "tree", files, sizes, dict(left_out), _state(kept))
+
+
+def _refuse(error: OSError) -> None:
+    """os.walk alone would pass over a folder that it cannot read."""
+    raise error
 
 
 def _remote_files(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
