@@ -62,6 +62,6 @@ def open_parquet(path: str) -> Iterator[Any]:
         try:
             with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as parquet:
                 yield parquet
-        except (pyarrow.ArrowException, OSError) as error:  # damage shows as OSError too
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # damage shows as the other two, too
             reason = str(error).strip().split("\n")[0]
             raise UnreadableInputError(f"{path}: damaged or no parquet file ({reason}): fetch it again") from error

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import multiprocess
@@ -22,6 +22,7 @@ from data_tools.documents import SHOWN_COMPLAINTS, DocumentRules, Documents, ext
 from data_tools.encoding import FAST, Encoder, check_against_reference, stored_tokenizer
 from data_tools.opening import UnreadableInputError
 from data_tools.reading import Chunk, Digest, read_piece
+from data_tools.sources import Piece
 from data_tools.work_folder import Counts, EncodedSet, TaskFolder, WorkFolder
 from dsmoe_megatron.errors import DataError
 from dsmoe_megatron.tokenizers import Tokenizer
@@ -99,24 +100,37 @@ class ReadTask(TaskStep):
         number = 0
         digests: list[str | None] = []
         for piece in task.pieces():
-            digest = Digest()
-            chunks = read_piece(piece, rules.columns, digest)
-            damage = ""
-            while not damage:
-                try:
-                    chunk = next(chunks)
-                except StopIteration:
-                    break
-                except UnreadableInputError as error:
-                    if rules.damaged_files == "stop":
-                        raise DataError(f"{error}, or see --damaged-files") from error
-                    damage = str(error)
-                    chunk = Chunk(piece.source, piece.path, "value", damage=damage)
+            digest, damaged = Digest(), False
+            for chunk in _readable_chunks(piece, rules, digest):
+                damaged = damaged or bool(chunk.damage)
                 if number >= done:
                     yield NumberedChunk(number, chunk)
                 number += 1
-            digests.append(None if piece.kind == "hub" or damage else digest.hexdigest())
+            digests.append(None if piece.kind == "hub" or damaged else digest.hexdigest())
         yield NumberedChunk(number, None, digests)
+
+
+def _readable_chunks(piece: Piece, rules: DocumentRules, digest: Digest) -> Iterator[Chunk]:
+    """The chunks of a piece. Where a file cannot be read to its end and the rules say to keep the rest, one chunk tells
+    so; the next files of a folder follow.
+
+    Raises:
+        DataError: a file cannot be read to its end, and the rules say to stop there.
+    """
+    left: Piece | None = piece
+    while left is not None:
+        read, damage = 0, ""
+        try:
+            for chunk in read_piece(left, rules.columns, digest):
+                read += len(chunk.records)
+                yield chunk
+        except UnreadableInputError as error:
+            if rules.damaged_files == "stop":
+                raise DataError(f"{error}, or see --damaged-files") from error
+            damage = str(error)
+        if damage:
+            yield Chunk(piece.source, piece.path, "value", damage=damage)
+        left = replace(left, files=left.files[read + 1 :]) if damage and piece.kind == "tree" else None
 
 
 class EncodeDocuments(TaskStep):

@@ -179,7 +179,7 @@ def _unpacked_blocks(piece: Piece, digest: Digest) -> Iterator[tuple[bytes, int,
     the bytes of the piece in that."""
     stop = math.inf if piece.stop is None else piece.stop
     with open_input(piece.path) as file:
-        decompressor, inside, position = _decompressor(piece.path), False, 0
+        decompressor, inside, begun, position = _decompressor(piece.path), False, False, 0
         while packed := file.read(COMPRESSED_READ_BYTES):
             size = len(packed)
             here = piece.start <= position < stop
@@ -190,7 +190,8 @@ def _unpacked_blocks(piece: Piece, digest: Digest) -> Iterator[tuple[bytes, int,
                 if not inside and not (packed := packed.lstrip(b"\0")):
                     break  # zeros after the last member are padding (tape blocks)
                 try:
-                    block, inside = decompressor.decompress(packed), True
+                    begun = inside = True
+                    block = decompressor.decompress(packed)
                 except Exception as error:  # zlib.error or zstandard.ZstdError
                     raise UnreadableInputError(
                         f"{piece.path}: damaged compressed data after byte {position} ({error}): fetch the file again"
@@ -202,7 +203,7 @@ def _unpacked_blocks(piece: Piece, digest: Digest) -> Iterator[tuple[bytes, int,
                 if decompressor.eof:  # one file may hold several compressed streams one after the other
                     decompressor, inside = _decompressor(piece.path), False
             position += size
-        if inside:
+        if inside or not begun:  # of nothing, too, a packer makes some bytes; a failed copy leaves none, or zeros
             raise UnreadableInputError(
                 f"{piece.path}: the compressed data ends too early, at byte {position}: fetch the file again"
             )
@@ -245,9 +246,11 @@ def _read_parquet(piece: Piece, columns: Columns, digest: Digest) -> Iterator[Ch
                 digest.update(block)
     with open_parquet(piece.path) as parquet:
         names = _wanted_columns(parquet.schema_arrow.names, columns, piece.path)
-        groups = range(piece.start, parquet.metadata.num_row_groups if piece.stop is None else piece.stop)
-        row = 1 + sum(parquet.metadata.row_group(group).num_rows for group in range(piece.start))
-        rows = sum(parquet.metadata.row_group(group).num_rows for group in groups)
+        rows_of = [parquet.metadata.row_group(group).num_rows for group in range(parquet.metadata.num_row_groups)]
+        # pyarrow would leave the others out without a word
+        _require_rows(piece.path, sum(rows_of), parquet.metadata.num_rows)
+        groups = range(piece.start, len(rows_of) if piece.stop is None else piece.stop)
+        row, rows = 1 + sum(rows_of[: piece.start]), sum(rows_of[group] for group in groups)
         for batch in parquet.iter_batches(ROWS_PER_BATCH, row_groups=list(groups), columns=names):
             yield Chunk(
                 piece.source,
@@ -256,9 +259,15 @@ def _read_parquet(piece: Piece, columns: Columns, digest: Digest) -> Iterator[Ch
                 _raw_values(batch.column(batch.schema.names.index(columns.text))),
                 first=row,
                 sets=_set_names(batch, columns.set),
-                consumed=round(piece.bytes * len(batch) / rows),
+                consumed=round(piece.bytes * len(batch) / max(rows, 1)),
             )
             row += len(batch)
+        _require_rows(piece.path, row - 1 - sum(rows_of[: piece.start]), rows)
+
+
+def _require_rows(path: str, found: int, told: int) -> None:
+    if found != told:
+        raise UnreadableInputError(f"{path}: damaged parquet file ({found} rows where {told} are told): fetch it again")
 
 
 def _wanted_columns(found: Sequence[str], columns: Columns, path: str) -> list[str]:
@@ -277,12 +286,27 @@ def _raw_values(column: Any) -> list[Any]:
     kind = column.type
     if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
         column = column.cast(pyarrow.large_binary())
-    values: list[Any] = column.to_pylist()
-    return values
+    return _python_values(column)
 
 
 def _set_names(batch: Any, keys: tuple[str, ...]) -> list[Any]:
-    return [look_up(value, keys[1:]) for value in batch.column(keys[0]).to_pylist()] if keys else []
+    return [look_up(value, keys[1:]) for value in _python_values(batch.column(keys[0]))] if keys else []
+
+
+def _python_values(column: Any) -> list[Any]:
+    """None stands for what Python has no value for: a name that is no UTF-8, a date after the year 9999."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError):
+        return [_python_value(scalar) for scalar in column]
+    return values
+
+
+def _python_value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError):
+        return None
 
 
 def look_up(record: Any, keys: Sequence[str]) -> Any:

@@ -6,17 +6,21 @@ tries more random damage and prints the table of docs/data.md.
 """
 
 import argparse
+import glob
 import gzip
 import io
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -202,7 +206,7 @@ def test_every_nasty_line_is_read_or_counted(tokenizer_spec: str, tmp_path: Path
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet"])
 def test_a_file_cut_anywhere_is_refused_or_kept_up_to_there(kind: str, tmp_path: Path) -> None:
     generator = random.Random(0)
-    texts = [f"{number} {generator.randbytes(30).hex()}" for number in range(400)]
+    texts = [f"{number} {generator.randbytes(50).hex()}" for number in range(4000)]  # several blocks of zstandard
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     whole = {"jsonl.gz": gzip.compress(lines), "jsonl.zst": zstandard.ZstdCompressor().compress(lines)}.get(
         kind, parquet_of(list(texts))
@@ -213,7 +217,64 @@ def test_a_file_cut_anywhere_is_refused_or_kept_up_to_there(kind: str, tmp_path:
         read: list[str] = []
         with pytest.raises(UnreadableInputError, match=rf"in\.{kind}: "):
             read.extend(texts_of(path))
-        assert read == texts[: len(read)]
+        assert read == ([] if kind == "parquet" else whole_lines_of_cut(kind, whole[:length]))
+
+
+def whole_lines_of_cut(kind: str, content: bytes) -> list[str]:
+    """The texts of the lines that the libraries' own readers get out of a cut file."""
+    if kind == "jsonl.gz":
+        unpacked = zlib.decompressobj(wbits=31).decompress(content)
+    else:
+        unpacked = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content)).read()
+    return [json.loads(line)["text"] for line in unpacked.split(b"\n")[:-1]]
+
+
+def test_a_parquet_file_that_is_none_is_refused(tokenizer_spec: str, tmp_path: Path) -> None:
+    for content in (b"no parquet", b"PAR1 no parquet PAR1", bytes(100), parquet_of(["x"])[4:]):
+        (tmp_path / "in.parquet").write_bytes(content)
+        with pytest.raises(DataError, match=r"in\.parquet: damaged or no parquet file"):
+            preprocess([str(tmp_path / "in.parquet")], str(tmp_path / "data"), tokenizer_spec)
+
+
+def test_rows_that_the_end_of_a_parquet_file_hides_are_missed(tmp_path: Path) -> None:
+    whole = parquet_of([f"row {number}" for number in range(20)])
+    path = tmp_path / "in.parquet"
+    hidden = 0
+    for bit in range(8 * (len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")), 8 * (len(whole) - 8)):
+        spoilt = bytearray(whole)
+        spoilt[bit // 8] ^= 1 << bit % 8
+        try:
+            rows = sum(map(len, pa.parquet.ParquetFile(io.BytesIO(spoilt)).iter_batches()))
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
+            continue
+        if rows != 20:
+            hidden += 1
+            path.write_bytes(spoilt)
+            with pytest.raises(UnreadableInputError, match=r"in\.parquet: damaged"):
+                list(texts_of(path))
+    assert hidden > 0
+
+
+def test_values_that_python_has_not_are_malformed(tokenizer_spec: str, tmp_path: Path) -> None:
+    names = pa.Array.from_buffers(pa.string(), 2, pa.array([b"good", b"caf\xe9"]).buffers())
+    late = pa.array([2**62, 0], pa.timestamp("us"))
+    pa.parquet.write_table(pa.table({"text": ["one", "two"], "name": names, "late": late}), tmp_path / "in.parquet")
+    rules = DocumentRules(set_key="name", sets=("good",))
+
+    (manifest,) = preprocess(
+        [str(tmp_path / "in.parquet")], str(tmp_path / "data"), tokenizer_spec, rules=rules, max_malformed=0.5
+    )
+
+    assert (manifest["documents"], manifest["skipped"]) == (1, {"malformed": 1})
+    assert manifest["malformed_first"] == [f"{tmp_path}/in.parquet:2: no name of a set under 'name'; see --set-key"]
+    with pytest.raises(DataError, match=r"no document in .*'malformed': 2"):
+        preprocess(
+            [str(tmp_path / "in.parquet")],
+            str(tmp_path / "no"),
+            tokenizer_spec,
+            rules=DocumentRules(text_key="late"),
+            max_malformed=1.0,
+        )
 
 
 @pytest.mark.parametrize(
@@ -243,8 +304,27 @@ def test_what_is_no_utf8_is_treated_as_asked(
 def test_files_of_no_byte(kind: str, tokenizer_spec: str, tmp_path: Path) -> None:
     (tmp_path / f"in.{kind}").write_bytes(b"")
 
-    with pytest.raises(DataError, match=r"no document in .*in\.|in\.parquet: damaged or no parquet file"):
+    faults = {"jsonl": r"no document in .*in\.", "parquet": r"in\.parquet: damaged or no parquet file"}
+    with pytest.raises(
+        DataError, match=faults.get(kind, rf"in\.{kind}: the compressed data ends too early, at byte 0")
+    ):
         preprocess([str(tmp_path / f"in.{kind}")], str(tmp_path / "data"), tokenizer_spec)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_compressed_file_of_zeros_is_counted_beside_a_whole_one(
+    suffix: str, tokenizer_spec: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "whole"}\n')
+    (tmp_path / f"b.jsonl.{suffix}").write_bytes(bytes(5000))
+    inputs = [str(tmp_path / "a.jsonl"), str(tmp_path / f"b.jsonl.{suffix}")]
+    with pytest.raises(DataError, match=rf"b\.jsonl\.{suffix}: .*too early, at byte 5000.*--damaged-files"):
+        preprocess(inputs, str(tmp_path / "data"), tokenizer_spec)
+
+    keeping = DocumentRules(damaged_files="keep-readable")
+    (manifest,) = preprocess(inputs, str(tmp_path / "data"), tokenizer_spec, rules=keeping, overwrite=True)
+
+    assert (manifest["documents"], manifest["skipped"]) == (1, {"damaged_file": 1})
 
 
 def test_lines_of_a_hundred_megabytes(tokenizer_spec: str, tmp_path: Path) -> None:
@@ -283,8 +363,87 @@ def test_links_pipes_and_sockets_are_neither_followed_nor_waited_for(tokenizer_s
     assert (of_tree["documents"], of_tree["skipped"]) == (1, {"not_regular": 3, "other_extension": 1})
     assert of_pattern["documents"] == 1
     os.mkfifo(tmp_path / "pipe.jsonl")
-    with pytest.raises(DataError, match=r"pipe\.jsonl: not a regular file"):
-        preprocess([str(tmp_path / "pipe.jsonl")], str(tmp_path / "no"), tokenizer_spec)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.jsonl"))
+    (tmp_path / "dangling.jsonl").symlink_to(tmp_path / "nowhere")
+    for name, message in {
+        "pipe.jsonl": "not a regular file", "socket.jsonl": "not a regular file", "dangling.jsonl": "No such file",
+    }.items():  # fmt: skip
+        with pytest.raises(DataError, match=rf"--input .*/{name}: {message}"):
+            preprocess([str(tmp_path / name)], str(tmp_path / "no"), tokenizer_spec)
+
+
+def test_links_that_lead_back_up_are_followed_once(tokenizer_spec: str, tmp_path: Path) -> None:
+    below = tmp_path / "tree" / "below"
+    below.mkdir(parents=True)
+    (below / "a.jsonl").write_text('{"text": "once"}\n')
+    for name in ("one", "two"):  # with two there are 2^40 ways
+        (below / name).symlink_to("..")
+    command = [sys.executable, str(SCRIPT), "--input", f"{tmp_path}/tree/**/*.jsonl"]
+    command += ["--output-prefix", str(tmp_path / "data"), "--tokenizer", tokenizer_spec]
+
+    subprocess.run(command, check=True, timeout=60)
+
+    assert json.loads((tmp_path / "data.manifest.json").read_text())["documents"] == 1
+
+
+@pytest.mark.parametrize("pattern", ["**/*.jsonl", "**", "a/**/*.jsonl", "**/b/*", "*/**/b/**/*.jsonl", "./**/[ab]/"])
+def test_a_pattern_names_what_glob_finds(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("x.jsonl", "a/x.jsonl", "a/b/y.jsonl", "a/b/[c]/z.jsonl", "b/x.jsonl", ".hidden/x.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    (tmp_path / "link").symlink_to("a/b")
+    monkeypatch.chdir(tmp_path)
+    for start in ("", f"{glob.escape(str(tmp_path))}/"):
+        found = sorted(glob.glob(start + pattern, recursive=True))  # noqa: PTH207  # what it is held against
+        real = list(dict.fromkeys(map(os.path.realpath, found)))
+        assert [os.path.realpath(source.path) for source in find_sources([start + pattern])] == real
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Without the rights of root, whom nothing is forbidden."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_what_the_system_refuses_to_name_is_one_line(tmp_path: Path) -> None:
+    closed = tmp_path / "tree" / "closed"
+    closed.mkdir(parents=True)
+    (closed / "in.jsonl").write_text('{"text": "x"}\n')
+    patterns = {closed / "in.jsonl": "Permission denied", tmp_path / ("a" * 300): "File name too long"}
+    patterns |= {tmp_path / "tree" / "**" / "*.jsonl": "Permission denied", tmp_path / "tree": "Permission denied"}
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    closed.chmod(0)
+    with nobody():
+        for pattern, message in patterns.items():
+            with pytest.raises(DataError, match=rf"--input {re.escape(str(tmp_path))}.*: {message}"):
+                find_sources([str(pattern)])
+    closed.chmod(0o755)
+
+
+def test_a_file_that_cannot_be_read_is_named_or_counted(tokenizer_spec: str, small_disk: Path, tmp_path: Path) -> None:
+    for name in "abc":
+        (small_disk / f"{name}.py").write_text(f"{name} = 1\n")
+    refusing = f"/proc/{os.getpid()}/mem"  # a regular file to look at; no byte of its beginning can be read
+    subprocess.run(["mount", "--bind", refusing, str(small_disk / "b.py")], check=True)
+    try:
+        with pytest.raises(DataError, match=r"disk/b\.py: Input/output error, or see --damaged-files"):
+            preprocess([str(small_disk)], str(tmp_path / "data"), tokenizer_spec)
+        rules = DocumentRules(damaged_files="keep-readable")
+        (manifest,) = preprocess([str(small_disk)], str(tmp_path / "kept"), tokenizer_spec, rules=rules)
+    finally:
+        subprocess.run(["umount", str(small_disk / "b.py")], check=True)
+
+    assert manifest["skipped"] == {"damaged_file": 1}
+    assert manifest["documents"] == 2
 
 
 def test_names_of_files_may_be_any_bytes(tokenizer_spec: str, tmp_path: Path) -> None:
