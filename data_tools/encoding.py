@@ -6,6 +6,7 @@ before the work, and some all along it.
 """
 
 import functools
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -166,7 +167,7 @@ def stored_tokenizer(path: str, fingerprint: str, special_tokens: str, encoder: 
         special_tokens: whether they are parsed.
         encoder: name of the encoder.
     """
-    tokenizer = tokenizer_from_state(orjson.loads(Path(path).read_bytes()))
+    tokenizer = tokenizer_from_state(json.loads(Path(path).read_bytes()))
     if (tokenizer.fingerprint, tokenizer.parse_special) != (fingerprint, special_tokens == "parse"):
         raise DataError(f"{path} is not the tokenizer of the run's plan: begin anew with --overwrite")
     return tokenizer, make_encoder(encoder, tokenizer)

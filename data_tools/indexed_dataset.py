@@ -22,11 +22,20 @@ INDEX_HEADER = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 DTYPE_CODES = {"uint16": 8, "int32": 4}
 UINT16_VOCABULARY_LIMIT = 65500  # megatron-core's, not 65536
+MAX_VOCABULARY = 2**31  # ids of int32
 PATHS = "paths.jsonl"  # suffix of the file that tells what file each document is
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The type that megatron-core stores the ids of such a vocabulary in."""
+    """The type that megatron-core stores the ids of such a vocabulary in.
+
+    Raises:
+        DataError: it has none that holds them.
+    """
+    if vocab_size > MAX_VOCABULARY:
+        raise DataError(
+            f"the tokenizer has ids up to {vocab_size - 1}: a dataset holds none above {MAX_VOCABULARY - 1}"
+        )
     return np.dtype(np.uint16 if vocab_size < UINT16_VOCABULARY_LIMIT else np.int32)
 
 

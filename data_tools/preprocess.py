@@ -8,6 +8,7 @@ The documents keep the order of the input, and the files do not depend on the nu
 however it was, goes on where it was when the same command is given again.
 """
 
+import io
 import sys
 import time
 from collections.abc import Iterator
@@ -103,7 +104,7 @@ def _print_summary(prefix: str, manifest: dict[str, Any]) -> None:
 
 def _print_speed(manifests: list[dict[str, Any]], seconds: float) -> None:
     for complaint in manifests[0]["malformed_first"]:
-        print(f"left out: {complaint}", file=sys.stderr)
+        print(f"left out: {' '.join(complaint.split())}", file=sys.stderr)
     megabytes = sum(manifest["text_bytes"] for manifest in manifests) / 1e6
     print(f"{seconds:.1f} s, {megabytes / seconds:.1f} MB/s, encoded with {manifests[0]['encoder']}")
 
@@ -238,6 +239,8 @@ def slurm_of(arguments: Namespace) -> SlurmJob | None:
 
 def main() -> None:
     arguments = build_parser().parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path may have bytes that are no UTF-8
     try:
         preprocess(
             inputs=arguments.input,

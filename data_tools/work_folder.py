@@ -22,7 +22,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from data_tools.indexed_dataset import dataset_path, sync, sync_folder, write_whole
 from data_tools.sources import Piece
@@ -172,7 +171,8 @@ class WorkFolder:
             folder.mkdir(parents=True)
             content = json.dumps([asdict(piece) for piece in pieces])
             (folder / "pieces.json").write_text(content, encoding="utf-8")
-        self.tokenizer_path.write_bytes(orjson.dumps(tokenizer_state))
+        # json, not orjson: a path of the tokenizer's may have bytes that are no UTF-8
+        self.tokenizer_path.write_bytes(json.dumps(tokenizer_state).encode())
         write_whole(self.plan_path, json.dumps(plan | {"tasks": len(tasks)}).encode())
 
     def update_plan(self, **values: Any) -> None:
