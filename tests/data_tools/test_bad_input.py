@@ -13,30 +13,36 @@ import json
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
 
 from data_tools.documents import DocumentRules, extract_documents
+from data_tools.indexed_dataset import token_dtype
 from data_tools.opening import UnreadableInputError
 from data_tools.preprocess import preprocess
 from data_tools.reading import Columns, Digest, read_piece
 from data_tools.sources import cut_tasks, find_sources
-from dsmoe_megatron.errors import DataError
-from dsmoe_megatron.tokenizers import load_tokenizer
+from data_tools.train_tokenizer import train_tokenizer
+from dsmoe_megatron.errors import DataError, TokenizerError
+from dsmoe_megatron.tokenizers import load_tokenizer, save_huggingface
 
 SCRIPT = Path(__file__).resolve().parents[2] / "data_tools" / "preprocess.py"
+BATCH = 150
 KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "tree")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 NASTY_LINES = (
@@ -47,6 +53,7 @@ NASTY_LINES = (
     b'{"text": "caf\xe9"}', b"\xef\xbb\xbf" + b'{"text": "mark"}', b'{"text": "a\x00b"}',
     b'{"text": "a\\u0000b"}', b'{"text": "line \xe2\x80\xa8 end"}', b'{"text": "cr"}\r',
     b'{"n": 1e999, "text": "big"}', b'{"n": 123456789012345678901234567890, "text": "long"}', b"\x00" * 50,
+    b'{"text": {"a": "b"}}', b'{"text": "caf\xe9 \\ud83d"}', b'{"text": "caf\xe9"',
     bytes(range(256)), b'{"text": "\xf0\x9f\x98\x80"}',
 )  # fmt: skip
 
@@ -143,49 +150,81 @@ def damage(content: bytes, generator: random.Random) -> bytes:
     return bytes(spoilt)
 
 
-def try_one(folder: Path, kind: str, generator: random.Random) -> str:
-    """What became of one random input: accepted, refused, or the name of the fault in the data tools."""
-    path = folder / ("tree" if kind == "tree" else f"in.{kind}")
-    content = damage(make_input(kind, generator), generator)
-    if kind == "tree":
-        path.mkdir(exist_ok=True)
-    (path / "a.py" if kind == "tree" else path).write_bytes(content)
+def try_one(path: Path, kind: str, content: bytes) -> str:
+    """What became of one input: accepted, refused, or the name of the fault in the data tools."""
     try:
-        texts, skipped = read_ours(path)
+        found = read_ours(path)
     except DataError as error:
         one_line = str(path) in str(error) and "\n" not in str(error)
         return "refused" if one_line and kind not in ("jsonl", "tree") else f"refused without cause: {error}"
     except Exception as error:
         return f"crash: {type(error).__name__}: {error}"
-    return "accepted" if is_what_was_stored(path, kind, content, texts, skipped) else f"silent loss: {content[:200]!r}"
+    return "accepted" if found == what_is_stored(path, kind, content) else f"silent loss: {content[:200]!r}"
 
 
-def is_what_was_stored(path: Path, kind: str, content: bytes, texts: list[str], skipped: Counter[str]) -> bool:
+def what_is_stored(path: Path, kind: str, content: bytes) -> tuple[list[str], Counter[str]] | None:
+    """Texts of an input and counts of what is none, by other readers than ours; None where it is no such file."""
     if kind == "tree":
         text = content.decode("utf-8", "replace").removeprefix("\ufeff")
-        expected = [] if b"\0" in content[:8192] or not text else [text]
-        return texts == expected and len(texts) + skipped.total() == 1
+        reason = "binary" if b"\0" in content[:8192] else "" if text else "empty"
+        return ([], Counter({reason: 1})) if reason else ([text], Counter())
     if kind == "parquet":
         column = pa.parquet.read_table(path).column("text").cast(pa.binary()).to_pylist()
         stored = [value.decode("utf-8", "replace").removeprefix("\ufeff") for value in column if value is not None]
-        counts = {"malformed": column.count(None), "empty": stored.count("")}
-        return texts == [text for text in stored if text] and skipped == Counter(counts)
-    stored_texts, malformed, empty = read_lines_independently(unpack(path, content))
-    return texts == stored_texts and skipped == Counter({"malformed": malformed, "empty": empty})
+        return [text for text in stored if text], Counter({"malformed": column.count(None), "empty": stored.count("")})
+    if kind != "jsonl" and not content.strip(b"\0"):
+        return None
+    texts, malformed, empty = read_lines_independently(unpack(path, content))
+    return texts, Counter({"malformed": malformed, "empty": empty})
 
 
-def try_many(folder: Path, inputs: int, seed: int) -> dict[str, Counter[str]]:
-    """Outcomes of random inputs, by kind."""
-    generator = random.Random(seed)
-    outcomes: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+def try_batch(folder: Path, inputs: int, generator: random.Random, tokenizer_spec: str) -> list[tuple[str, str]]:
+    """Kind and outcome of each of some random inputs, read one by one and then made one dataset."""
+    tried: list[tuple[str, Path, bytes, str]] = []
     for number in range(inputs):
         kind = KINDS[number % len(KINDS)]
-        outcomes[kind][try_one(folder, kind, generator)] += 1
+        path = folder / f"{number}.{kind}"
+        content = damage(make_input(kind, generator), generator)
+        if kind == "tree":
+            path.mkdir()
+        (path / "a.py" if kind == "tree" else path).write_bytes(content)
+        tried.append((kind, path, content, try_one(path, kind, content)))
+
+    rules = DocumentRules(generated_files="keep", extensions=(".py",), damaged_files="keep-readable")
+    inputs_of_run = [str(path) for _, path, _, _ in tried]
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        (manifest,) = preprocess(inputs_of_run, str(folder / "data"), tokenizer_spec, rules=rules, max_malformed=1.0)
+    tokenizer = load_tokenizer(tokenizer_spec)
+    ids = np.fromfile(folder / "data.bin", manifest["dtype"])
+    # no text has the end's id in it
+    documents = iter(np.split(ids, np.flatnonzero(ids == tokenizer.end_of_document_id) + 1)[:-1])
+    outcomes = []
+    for (kind, path, content, read), source in zip(tried, manifest["sources"], strict=True):
+        made = [next(documents)[:-1].tolist() for _ in range(source["documents"])]
+        if read == "accepted":
+            texts, skipped = what_is_stored(path, kind, content) or ([], Counter())
+            if made != tokenizer.encode_batch(texts) or Counter(source["skipped"]) != skipped:
+                read = f"silent loss: in the dataset: {content[:200]!r}"
+        elif read == "refused" and source["skipped"].get("damaged_file") != 1:
+            read = f"silent loss: damage not counted: {content[:200]!r}"
+        outcomes.append((kind, read))
+    assert next(documents, None) is None
     return outcomes
 
 
-def test_random_damage_is_refused_or_read_as_it_is_stored(tmp_path: Path) -> None:
-    outcomes = try_many(tmp_path, inputs=1500, seed=0)
+def try_many(inputs: int, seed: int, tokenizer_spec: str) -> dict[str, Counter[str]]:
+    """Outcomes of random inputs, by kind."""
+    generator = random.Random(seed)
+    outcomes: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+    for first in range(0, inputs, BATCH):
+        with tempfile.TemporaryDirectory() as folder:
+            for kind, outcome in try_batch(Path(folder), min(BATCH, inputs - first), generator, tokenizer_spec):
+                outcomes[kind][outcome] += 1
+    return outcomes
+
+
+def test_random_damage_is_refused_or_read_as_it_is_stored(tokenizer_spec: str) -> None:
+    outcomes = try_many(inputs=600, seed=0, tokenizer_spec=tokenizer_spec)
 
     assert {outcome for counts in outcomes.values() for outcome in counts} == {"accepted", "refused"}
     assert all(counts["accepted"] > 10 for counts in outcomes.values())
@@ -280,15 +319,22 @@ def test_values_that_python_has_not_are_malformed(tokenizer_spec: str, tmp_path:
 @pytest.mark.parametrize(
     ("policy", "expected", "counts"),
     [
-        ("replace", [f"caf{REPLACEMENT}", "half \N{REPLACEMENT CHARACTER}", "good"], ({}, 2)),
-        ("skip", ["good"], ({"invalid_utf8": 2}, 0)),
+        (
+            "replace",
+            [f"caf{REPLACEMENT} {REPLACEMENT}", f"half {REPLACEMENT}", "good"],
+            ({"malformed": 1, "empty": 1}, 2),
+        ),
+        ("skip", ["good"], ({"invalid_utf8": 4}, 0)),
     ],
 )
 def test_what_is_no_utf8_is_treated_as_asked(
     policy: str, expected: list[str], counts: tuple[dict[str, int], int], tmp_path: Path
 ) -> None:
     path = tmp_path / "in.jsonl"
-    path.write_bytes(b'{"text": "caf\xe9"}\n{"text": "half \\ud83d"}\n{"text": "good"}\n')
+    path.write_bytes(
+        b'{"text": "caf\xe9 \\ud83d"}\n{"text": "half \\ud83d"}\n{"text": "good"}\n'
+        b'{"cut": "\xe9\n{"text": "", "n": "\xe9"}'
+    )
     ((piece,),) = cut_tasks(find_sources([str(path)]), workers=1)
     (chunk,) = read_piece(piece, Columns(), Digest())
 
@@ -336,12 +382,54 @@ def test_lines_of_a_hundred_megabytes(tokenizer_spec: str, tmp_path: Path) -> No
         file.write('{"text": "' + "x" * 100_000_000 + "\n" + json.dumps({"text": "last"}) + "\n")
     command = [sys.executable, str(SCRIPT), "--input", str(path), "--output-prefix", str(tmp_path / "data")]
 
-    subprocess.run([*command, "--tokenizer", tokenizer_spec, "--max-malformed", "0.5"], check=True)
+    process = subprocess.Popen([*command, "--tokenizer", tokenizer_spec, "--max-malformed", "0.5"])
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
 
+    assert process.returncode == 0
+    assert usage.ru_maxrss < 1.5e6  # KB
     manifest = json.loads((tmp_path / "data.manifest.json").read_text())
     assert (manifest["documents"], manifest["skipped"]) == (3, {"malformed": 1})
     assert manifest["text_bytes"] == len(long) + len("firstlast")
     assert manifest["malformed_first"][0].startswith(f"{path}:3: not JSON")
+    assert manifest["encoder"] == "gigatoken"
+
+
+def test_a_document_of_twenty_megabytes_without_a_space(tokenizer_spec: str, tmp_path: Path) -> None:
+    text = "a" * 20_000_000
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": text}))
+
+    (manifest,) = preprocess([str(tmp_path / "in.jsonl")], str(tmp_path / "data"), tokenizer_spec)
+
+    assert manifest["documents"] == 1
+    # a tenth of a second, where all of it takes four
+    assert manifest["tokens"] == 100 * len(load_tokenizer(tokenizer_spec).encode(text[: len(text) // 100])) + 1
+
+
+def test_a_key_of_any_content_is_shown_in_one_short_line(
+    tokenizer_spec: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps({"\ud83d\n" + 100_000 * "k": 1}), json.dumps({"text": "x"})]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+
+    (manifest,) = preprocess([str(tmp_path / "in.jsonl")], str(tmp_path / "data"), tokenizer_spec, max_malformed=0.5)
+
+    (complaint,) = manifest["malformed_first"]
+    assert complaint.startswith(f"{tmp_path}/in.jsonl:1: no key 'text' (keys: \\ud83d\\nkkk")
+    assert len(complaint) < 600
+    assert f"left out: {complaint}\n" in capsys.readouterr().err
+
+
+def test_a_set_without_a_name_has_no_dataset_of_its_own(tokenizer_spec: str, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "a", "set": ""}\n{"text": "b", "set": "named"}\n')
+    rules = DocumentRules(set_key="set", one_dataset_per_set=True)
+
+    (manifest,) = preprocess(
+        [str(tmp_path / "in.jsonl")], str(tmp_path / "data"), tokenizer_spec, rules=rules, max_malformed=0.5
+    )
+
+    assert (manifest["set"], manifest["documents"], manifest["skipped"]) == ("named", 1, {"malformed": 1})
+    assert {path.name for path in tmp_path.glob("*.bin")} == {"data_named.bin"}
 
 
 def test_links_pipes_and_sockets_are_neither_followed_nor_waited_for(tokenizer_spec: str, tmp_path: Path) -> None:
@@ -460,6 +548,23 @@ def test_names_of_files_may_be_any_bytes(tokenizer_spec: str, tmp_path: Path) ->
     assert manifest["documents"] == 3
 
 
+def test_paths_that_are_no_utf8_may_be_anywhere(tokenizer_spec: str, tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    (folder / "in.jsonl").write_text('{"text": "x"}\n')
+    shutil.copy(tokenizer_spec, folder / "small.model")
+    command = [sys.executable, str(SCRIPT), "--input", str(folder / "in.jsonl"), "--output-prefix", str(folder / "out")]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+
+    done = subprocess.run(
+        [*command, "--tokenizer", str(folder / "small.model")], env=strict, capture_output=True, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert os.fsencode(folder / "out") + b": 1 documents" in done.stdout
+    assert json.loads((folder / "out.manifest.json").read_text())["documents"] == 1
+
+
 def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
@@ -504,7 +609,8 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(
     preprocess([str(tmp_path / "in.jsonl")], prefix, tokenizer_spec, workers=2)
 
     preprocess([str(tmp_path / "in.jsonl")], str(tmp_path / "whole"), tokenizer_spec)
-    assert Path(f"{prefix}.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()
+    for suffix in ("bin", "idx"):
+        assert Path(f"{prefix}.{suffix}").read_bytes() == (tmp_path / f"whole.{suffix}").read_bytes()
 
 
 def test_an_output_that_cannot_be_written_is_named(tokenizer_spec: str, small_disk: Path, tmp_path: Path) -> None:
@@ -531,7 +637,46 @@ def test_ids_with_holes_decide_the_dtype_by_the_largest(tmp_path: Path) -> None:
     (manifest,) = preprocess([str(tmp_path / "in.jsonl")], str(tmp_path / "data"), str(tmp_path / "words"))
 
     assert manifest["dtype"] == "int32"
-    assert manifest["tokens"] == 3
+    assert np.fromfile(tmp_path / "data.bin", np.int32).tolist() == [1, 70_000, 3]
+
+
+def test_ids_above_all_dtypes_are_refused() -> None:
+    assert token_dtype(2**31).name == "int32"
+    with pytest.raises(
+        DataError, match="the tokenizer has ids up to 2147483648: a dataset holds none above 2147483647"
+    ):
+        token_dtype(2**31 + 1)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_tokenizer_is_named(name: str, tokenizer_spec: str, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    save_huggingface(load_tokenizer(tokenizer_spec), folder)
+    content = (folder / name).read_text()
+    (tmp_path / "in.jsonl").write_text('{"text": "x"}\n')
+    for broken in (content[: len(content) // 2], "", "[]", "\0"):
+        (folder / name).write_text(broken)
+        with pytest.raises(
+            TokenizerError, match=r"tokenizer .*/broken: the folder gives no Hugging Face tokenizer \(.*\)$"
+        ):
+            preprocess([str(tmp_path / "in.jsonl")], str(tmp_path / "data"), str(folder))
+
+
+def test_the_command_line_ends_in_one_line_and_status_1(tokenizer_spec: str, tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "good"}\n{"text": "caf\xe9"}\n')
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n')[:-3])
+    faults = {
+        "latin.jsonl": f"{tmp_path}/latin.jsonl:2: not valid UTF-8: mend it, or see --invalid-utf8",
+        "cut.jsonl.gz": f"{tmp_path}/cut.jsonl.gz: the compressed data ends too early, at byte 31:"
+        " fetch the file again, or see --damaged-files",
+    }
+    for name, message in faults.items():
+        command = [sys.executable, str(SCRIPT), "--input", str(tmp_path / name), "--tokenizer", tokenizer_spec]
+        command += ["--output-prefix", str(tmp_path / "data"), "--invalid-utf8", "stop"]
+
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+        assert (done.returncode, done.stderr) == (1, f"preprocess: error: {message}\n")
 
 
 def main() -> None:
@@ -540,7 +685,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        outcomes = try_many(Path(folder), arguments.inputs, arguments.seed)
+        sources = [str(Path(sysconfig.get_path("stdlib"), "asyncio"))]
+        with redirect_stdout(io.StringIO()):
+            spec = str(train_tokenizer(sources, f"{folder}/small", vocab_size=2000))
+        outcomes = try_many(arguments.inputs, arguments.seed, spec)
     print(
         "| Input | Tried | Read as stored | Refused in one line | Crashes | Silent losses |\n|---|---|---|---|---|---|"
     )
