@@ -85,6 +85,25 @@ def require_documents(run: FinishedRun) -> None:
         raise DataError(f"no document in {sources} (left out: {dict(run.counts.all_skipped)})")
 
 
+def finish(prefix: str) -> dict[str, dict[str, Any]]:
+    """Make the datasets of what the tasks left, and remove the work folder.
+
+    Returns:
+        The manifest of each, by its prefix.
+
+    Raises:
+        DataError: a task is not finished, or the input gave nothing that could be a dataset.
+    """
+    folder = WorkFolder(prefix)
+    run = collect(folder)
+    if not run.sets():
+        folder.remove()  # there is nothing in it to go on with
+    require_documents(run)
+    manifests = assemble(prefix, run)
+    folder.remove()
+    return manifests
+
+
 def assemble(prefix: str, run: FinishedRun) -> dict[str, dict[str, Any]]:
     """Write the datasets of a finished run.
 

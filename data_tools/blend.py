@@ -22,10 +22,9 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveFloat
 
 from data_tools.indexed_dataset import write_whole
-from data_tools.manifest import manifest_path, read_manifest
+from data_tools.manifest import MANIFEST_ENDING, manifest_path, read_manifest
 from dsmoe_megatron.errors import ConfigurationError, DataError, DSMoEError, exit_with
 
-MANIFEST_ENDING = ".manifest.json"
 MAX_DATASETS = 32766  # megatron-core numbers them in 16 bits and leaves the last numbers out
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 ROUNDING = 1e-6  # relative; shares and epochs are typed by hand

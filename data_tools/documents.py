@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import orjson
 
-from data_tools.reading import Chunk, Columns, Digest, line_number, look_up, read_piece
+from data_tools.reading import Chunk, Columns, line_number, look_up, read_piece
 from data_tools.sources import DEFAULT_EXTENSIONS, MAX_FILE_BYTES, Source, cut_tasks
 from dsmoe_megatron.errors import DataError
 
@@ -299,5 +299,5 @@ def read_documents(sources: list[Source], rules: DocumentRules) -> Iterator[Docu
     """All documents of the sources in order, chunk by chunk, in this process."""
     for task in cut_tasks(sources, workers=1):
         for piece in task:
-            for chunk in read_piece(piece, rules.columns, Digest()):
+            for chunk in read_piece(piece, rules.columns):
                 yield extract_documents(chunk, rules)

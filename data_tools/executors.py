@@ -14,7 +14,7 @@ import multiprocess.util
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from loguru import logger
 
-from data_tools.assembling import assemble, collect, require_documents
+from data_tools.assembling import finish
 from data_tools.indexed_dataset import write_whole
 from data_tools.pipeline import EncodeDocuments, KeepSegments, ReadTask, TaskStep, parent_is_dead
 from data_tools.progress import ProgressWatcher
@@ -32,11 +32,7 @@ class AssembleDatasets(TaskStep):
     name = "datasets"
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
-        folder = self.folder()
-        finished = collect(folder)
-        require_documents(finished)
-        assemble(self.prefix, finished)
-        folder.remove()
+        finish(self.prefix)
         return ()
 
 
@@ -114,8 +110,8 @@ def prepare_tasks(folder: WorkFolder) -> None:
     """Take back what a stopped run left unfinished. A task counts as completed if its segments say so."""
     completions = folder.executor_path / "completions"
     for number, task in enumerate(folder.tasks()):
-        task.clear_leftovers()
         if not task.finished:
+            task.clear_leftovers()
             (completions / f"{number:05d}").unlink(missing_ok=True)
 
 

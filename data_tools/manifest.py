@@ -21,6 +21,7 @@ from data_tools.sources import Source
 from dsmoe_megatron.errors import DataError
 from dsmoe_megatron.tokenizers import Tokenizer, load_tokenizer
 
+MANIFEST_ENDING = ".manifest.json"  # after the prefix
 MANIFEST_FORMAT = 1
 MANIFEST_CONTENT: dict[str, Any] = {  # what every reader may rely on
     "format": int,
@@ -41,7 +42,7 @@ REPORTED_LIBRARIES = (
 
 
 def manifest_path(prefix: str) -> Path:
-    return dataset_path(prefix, "manifest.json")
+    return Path(f"{prefix}{MANIFEST_ENDING}")
 
 
 def planned_manifest(

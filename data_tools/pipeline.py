@@ -70,6 +70,11 @@ class EncodedChunk:
     consumed: int = 0
 
 
+def rules_of(plan: dict[str, Any]) -> DocumentRules:
+    """How records become documents in the run of a plan."""
+    return DocumentRules.from_options(plan["manifest"]["options"])
+
+
 class TaskStep(PipelineStep):
     """A step that knows the folder of the run.
 
@@ -93,7 +98,7 @@ class ReadTask(TaskStep):
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[NumberedChunk]:
         folder = self.folder()
-        rules = DocumentRules.from_options(folder.plan()["options"])
+        rules = rules_of(folder.plan())
         task = folder.task(rank)
         segments = task.segments()
         done = segments[-1].chunks if segments else 0
@@ -142,9 +147,13 @@ class EncodeDocuments(TaskStep):
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[EncodedChunk]:
         folder = self.folder()
         plan = folder.plan()
-        rules = DocumentRules.from_options(plan["options"])
-        fingerprint, special_tokens = plan["manifest"]["tokenizer"]["fingerprint"], plan["options"]["special_tokens"]
-        tokenizer, encoder = stored_tokenizer(str(folder.tokenizer_path), fingerprint, special_tokens, plan["encoder"])
+        rules = rules_of(plan)
+        tokenizer, encoder = stored_tokenizer(
+            str(folder.tokenizer_path),
+            plan["manifest"]["tokenizer"]["fingerprint"],
+            rules.special_tokens,
+            plan["encoder"],
+        )
         for numbered in data:
             encoded = EncodedChunk(numbered.number, numbered.chunk is None, numbered.digests)
             if numbered.chunk is not None:
@@ -193,7 +202,7 @@ def encode_documents(
             f" {tokenizer.vocab_size}: the tokenizer's files contradict each other"
         )
     ids, lengths = _append_ends(ids, counts, plan["end_of_document_id"], np.dtype(plan["dtype"]))
-    if not plan["options"]["one_dataset_per_set"]:
+    if not rules_of(plan).one_dataset_per_set:
         return {"": _one_set(documents, range(len(lengths)), ids, lengths, source, plan["with_paths"])}
 
     stops = np.cumsum(lengths, dtype=np.int64)
@@ -275,11 +284,11 @@ class TaskProgress:
         self.first_complaint = ""
         itemsize = np.dtype(np.int32).itemsize
         for segment in segments:
-            self._judge(segment.counts)
             for extent in segment.sets.values():
                 self.documents += extent.lengths[1] // itemsize
                 self.text_bytes += extent.text_bytes
                 self.tokens += extent.tokens
+            self._judge(segment.counts)  # after its documents, of which the malformed ones are a share
         self._begin_segment()
         self.told = 0.0
 
@@ -333,7 +342,7 @@ class TaskProgress:
             return
         self.told = now
         told: dict[str, Any] = {"consumed": self.consumed, "tokens": self.tokens, "text_bytes": self.text_bytes}
-        told |= {"pid": os.getpid(), "host": platform.node()}
+        told |= {"finished": self.finished, "pid": os.getpid(), "host": platform.node()}
         self.task.progress_path.write_text(json.dumps(told), encoding="utf-8")
 
 

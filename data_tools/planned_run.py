@@ -3,7 +3,7 @@
 import glob
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -11,9 +11,15 @@ from filelock import FileLock, Timeout
 from data_tools.documents import DocumentRules, extract_documents
 from data_tools.encoding import REFERENCE, choose_encoder
 from data_tools.indexed_dataset import token_dtype
-from data_tools.manifest import different_parts, existing_manifest, planned_manifest, read_manifest
+from data_tools.manifest import (
+    MANIFEST_ENDING,
+    different_parts,
+    existing_manifest,
+    planned_manifest,
+    read_manifest,
+)
 from data_tools.opening import UnreadableInputError
-from data_tools.reading import Digest, read_piece
+from data_tools.reading import read_piece
 from data_tools.sources import Piece, cut_tasks, find_sources
 from data_tools.work_folder import WorkFolder
 from dsmoe_megatron.errors import ConfigurationError, DataError
@@ -22,7 +28,6 @@ from dsmoe_megatron.tokenizers import load_tokenizer
 SAMPLED_PIECES = 64
 SAMPLES_PER_PIECE = 8
 LEAST_MAX_DOCUMENT_BYTES = 4  # the longest character
-ENDING = ".manifest.json"
 
 
 class PlannedRun:
@@ -69,14 +74,37 @@ class PlannedRun:
         if self.rules.one_dataset_per_set:
             if self.folder.plan_path.exists():
                 return []
-            paths = sorted(glob.glob(f"{glob.escape(self.prefix)}_*{ENDING}"))  # noqa: PTH207  # prefix and pattern
-            found = [read_manifest(path.removesuffix(ENDING)) for path in paths]
+            paths = sorted(glob.glob(f"{glob.escape(self.prefix)}_*{MANIFEST_ENDING}"))  # noqa: PTH207  # prefix and pattern
+            found = [read_manifest(path.removesuffix(MANIFEST_ENDING)) for path in paths]
             return [manifest for manifest in found if not different_parts(self.manifest, manifest)]
         manifest = existing_manifest(self.prefix, self.manifest)
         if manifest is None:
             return []
-        self.folder.remove()  # what a run left that was stopped after its last file
+        self._remove_leftovers()
         return [manifest]
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a run of this plan left that was stopped after its last file, unless it is another's work."""
+        if self.folder.plan_path.exists() and not different_parts(self.manifest, self.folder.plan()["manifest"]):
+            with suppress(DataError), self._locked():
+                self.folder.remove()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Be the only process that works in the folder.
+
+        Raises:
+            DataError: another one does.
+        """
+        lock = FileLock(self.folder.lock_path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise DataError(f"{self.folder.path}: another process is making this dataset") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     @contextmanager
     def begun(self, workers: int, max_malformed: float, encoder: str, overwrite: bool) -> Iterator[WorkFolder]:
@@ -92,19 +120,12 @@ class PlannedRun:
             DataError: another process works there, or an unfinished run of another plan is there.
         """
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder.lock_path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise DataError(f"{self.folder.path}: another process is making this dataset") from error
-        try:
+        with self._locked():
             if not self._continues(encoder, overwrite):
                 self._begin(workers, encoder)
             # neither decides what is in the dataset
             self.folder.update_plan(max_malformed=max_malformed, overwrite=overwrite)
             yield self.folder
-        finally:
-            lock.release()
 
     def _continues(self, encoder: str, overwrite: bool) -> bool:
         """Whether the folder holds an unfinished run of this plan."""
@@ -133,7 +154,6 @@ class PlannedRun:
                 print(f"{self.prefix}: encoding with {self.tokenizer.kind}, which is slower: {reason}", file=sys.stderr)
         plan = {
             "manifest": self.manifest,
-            "options": self.rules.as_options(),
             "end_of_document_id": self.end_of_document_id,
             "dtype": token_dtype(self.tokenizer.vocab_size).name,
             "encoder": encoder,
@@ -160,7 +180,7 @@ def sample_texts(tasks: list[list[Piece]], rules: DocumentRules) -> Iterator[str
     step = max(1, len(pieces) // SAMPLED_PIECES)
     for piece in pieces[::step]:
         try:
-            chunk = next(read_piece(piece, rules.columns, Digest()), None)
+            chunk = next(read_piece(piece, rules.columns), None)
         except UnreadableInputError:
             continue  # the run itself will come to it
         if chunk is not None:

@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
-from data_tools.assembling import assemble, collect, require_documents
+from data_tools.assembling import finish
 from data_tools.documents import DocumentRules
 from data_tools.executors import SlurmJob, queued_jobs, run_locally, submit_to_slurm
 from data_tools.planned_run import PlannedRun
@@ -53,17 +54,16 @@ def preprocess(
         if not overwrite and (existing := run.existing()):
             print(f"{output_prefix}: made from this input already, nothing to do (--overwrite makes it again)")
             return existing
-        with run.begun(workers, max_malformed, encoder, overwrite) as folder:
+        if jobs := queued_jobs(output_prefix):  # before anything of theirs is touched
+            raise DataError(
+                f"{output_prefix}: job {' and '.join(jobs)} of this run is in SLURM's queue: wait, or scancel it"
+            )
+        with run.begun(workers, max_malformed, encoder, overwrite):
             if slurm is not None:
                 _submit(output_prefix, workers, slurm)
                 return []
             run_locally(output_prefix, workers, sum(source.bytes for source in run.sources))
-            finished = collect(folder)
-            if not finished.sets():
-                folder.remove()  # there is nothing in it to go on with
-            require_documents(finished)
-            datasets = assemble(output_prefix, finished)
-            folder.remove()
+            datasets = finish(output_prefix)
     for prefix, manifest in datasets.items():
         _print_summary(prefix, manifest)
     _print_speed(list(datasets.values()), time.perf_counter() - start)
@@ -80,8 +80,6 @@ def _system_faults_named(prefix: str) -> Iterator[None]:
 
 
 def _submit(prefix: str, workers: int, slurm: SlurmJob) -> None:
-    if jobs := queued_jobs(prefix):
-        raise DataError(f"{prefix}: job {' and '.join(jobs)} of this run is in SLURM's queue: wait, or scancel it")
     jobs = submit_to_slurm(prefix, workers, slurm)
     print(f"{prefix}: submitted job {' and '.join(jobs)}; the last one writes {prefix}.manifest.json when all is done")
     print(f"the same command, given when they have left the queue, goes on with what failed; logs: {prefix}.slurm_logs")
@@ -208,22 +206,7 @@ def add_slurm(parser: ArgumentParser) -> None:
 
 def rules_of(arguments: Namespace) -> DocumentRules:
     """The rules that the command line tells."""
-    return DocumentRules(
-        text_key=arguments.text_key,
-        extensions=tuple(arguments.extensions),
-        max_file_bytes=arguments.max_file_bytes,
-        generated_files=arguments.generated_files,
-        empty_documents=arguments.empty_documents,
-        invalid_utf8=arguments.invalid_utf8,
-        max_document_bytes=arguments.max_document_bytes,
-        long_documents=arguments.long_documents,
-        set_key=arguments.set_key,
-        sets=tuple(arguments.sets),
-        one_dataset_per_set=arguments.one_dataset_per_set,
-        special_tokens=arguments.special_tokens,
-        end_of_document=arguments.end_of_document,
-        damaged_files=arguments.damaged_files,
-    )
+    return DocumentRules.from_options({each.name: getattr(arguments, each.name) for each in fields(DocumentRules)})
 
 
 def slurm_of(arguments: Namespace) -> SlurmJob | None:

@@ -58,8 +58,7 @@ class ProgressWatcher:
             while True:
                 last_look = self._stop.wait(INTERVAL_SECONDS)
                 for name, task in list(tasks.items()):
-                    self._look_at(name, task, told)
-                    if task.finished:
+                    if self._is_finished(task, told):
                         del tasks[name]
                 consumed = sum(each["consumed"] for each in told.values())
                 if not bar.n and consumed:
@@ -73,16 +72,22 @@ class ProgressWatcher:
                 if last_look:
                     return
 
-    def _look_at(self, name: str, task: TaskFolder, told: dict[str, dict[str, Any]]) -> None:
+    def _is_finished(self, task: TaskFolder, told: dict[str, dict[str, Any]]) -> bool:
+        """Take in what a task tells of itself, and whether nothing of it is left."""
         try:
             progress = json.loads(task.progress_path.read_bytes())
         except (OSError, ValueError):  # not begun, or being written just now
-            return
-        told[name] = progress
-        died = progress["host"] == platform.node() and not _is_alive(progress["pid"]) and not task.finished
-        if died and not self._stop.is_set():
+            return False
+        told[task.path.name] = progress
+        if progress["finished"]:
+            return True
+        if progress["host"] != platform.node() or _is_alive(progress["pid"]):
+            return False
+        # its segments are asked only now: reading all of them at every look would be work for every worker
+        if not task.finished and not self._stop.is_set():
             self.killed = True
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return task.finished
 
 
 def _is_alive(pid: int) -> bool:
@@ -90,6 +95,6 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # somebody else's
+        pass
     return True

@@ -79,13 +79,14 @@ class Digest:
         return str(self._hash.hexdigest())
 
 
-def read_piece(piece: Piece, columns: Columns, digest: Digest) -> Iterator[Chunk]:
+def read_piece(piece: Piece, columns: Columns, digest: Digest | None = None) -> Iterator[Chunk]:
     """Everything in a piece, in order.
 
     Args:
         piece: of an input.
         columns: of the records.
-        digest: takes in the stored bytes of the piece; whole once all chunks have been read.
+        digest: takes in the stored bytes of the piece; whole once all chunks have been read. None where nobody asks,
+            since a parquet file is read once more for it.
 
     Raises:
         UnreadableInputError: a file cannot be read, is damaged, or ends too early; all whole records before the damage
@@ -93,13 +94,16 @@ def read_piece(piece: Piece, columns: Columns, digest: Digest) -> Iterator[Chunk
         DataError: there is no such column.
     """
     if piece.kind == "tree":
-        yield from _read_tree(piece, digest)
+        yield from _read_tree(piece, digest or Digest())
     elif piece.kind == "parquet":
-        yield from _read_parquet(piece, columns, digest)
+        # the first piece answers for the whole file, which is not read from end to end otherwise
+        if digest is not None and piece.start == 0:
+            _take_in_file(piece.path, digest)
+        yield from _read_parquet(piece, columns)
     elif piece.kind == "hub":
         yield from _read_hub(piece, columns)
     else:
-        yield from _read_lines(piece, digest)
+        yield from _read_lines(piece, digest or Digest())
 
 
 def _read_lines(piece: Piece, digest: Digest) -> Iterator[Chunk]:
@@ -239,11 +243,13 @@ def _read_tree(piece: Piece, digest: Digest) -> Iterator[Chunk]:
     yield chunk
 
 
-def _read_parquet(piece: Piece, columns: Columns, digest: Digest) -> Iterator[Chunk]:
-    if piece.start == 0:  # the first piece answers for the whole file, which is not read from end to end otherwise
-        with open_input(piece.path) as file:
-            while block := file.read(PLAIN_READ_BYTES):
-                digest.update(block)
+def _take_in_file(path: str, digest: Digest) -> None:
+    with open_input(path) as file:
+        while block := file.read(PLAIN_READ_BYTES):
+            digest.update(block)
+
+
+def _read_parquet(piece: Piece, columns: Columns) -> Iterator[Chunk]:
     with open_parquet(piece.path) as parquet:
         names = _wanted_columns(parquet.schema_arrow.names, columns, piece.path)
         rows_of = [parquet.metadata.row_group(group).num_rows for group in range(parquet.metadata.num_row_groups)]

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,7 +158,7 @@ def unfinished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_tools.preprocess.assemble", stop)
+        patch.setattr("data_tools.preprocess.finish", stop)
         with pytest.raises(KeyboardInterrupt):
             preprocess(corpus, str(prefix), tokenizer_spec)
     assert len(segments_of(prefix)) > 8
@@ -218,6 +219,59 @@ def test_two_processes_do_not_make_one_dataset(unfinished: tuple[Path, list[str]
         pytest.raises(DataError, match=r"data\.work: another process is making this dataset"),
     ):
         preprocess(corpus, str(prefix), tokenizer_spec)
+
+
+def test_malformed_records_before_the_stop_are_a_share_of_all_documents(
+    tokenizer_spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "SEGMENT_TEXT_BYTES", 1 << 19)
+    lines = ["oops" if number % 200 == 7 else json.dumps({"text": f"document {number}"}) for number in range(60_000)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))  # half of the share that is allowed
+    inputs, prefix = [str(tmp_path / "in.jsonl")], str(tmp_path / "data")
+    with monkeypatch.context() as patch:
+        patch.setattr("data_tools.pipeline.TaskProgress.segment_is_full", stop_after_a_segment)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(inputs, prefix, tokenizer_spec)
+    assert segments_of(tmp_path / "data") != []
+
+    (manifest,) = preprocess(inputs, prefix, tokenizer_spec)
+
+    assert (manifest["documents"], manifest["skipped"]) == (59_700, {"malformed": 300})
+
+
+def stop_after_a_segment(progress: pipeline.TaskProgress) -> bool:
+    if progress.segments:
+        raise KeyboardInterrupt
+    return True
+
+
+def test_a_finished_dataset_is_no_reason_to_remove_the_work_of_another_run(
+    unfinished: tuple[Path, list[str]], tokenizer_spec: str, tmp_path: Path
+) -> None:
+    prefix, corpus = unfinished
+    whole = tmp_path / "whole"
+    preprocess(corpus[:1], str(whole), tokenizer_spec)
+    shutil.copytree(f"{prefix}.work", f"{whole}.work")  # of all of the corpus, with --overwrite say
+
+    preprocess(corpus[:1], str(whole), tokenizer_spec)  # nothing to do
+
+    assert len(list(Path(f"{whole}.work").glob("tasks/*/segment_*.json"))) > 8
+
+
+def test_what_a_finished_run_left_is_removed_unless_somebody_works_there(
+    unfinished: tuple[Path, list[str]], tokenizer_spec: str, tmp_path: Path
+) -> None:
+    prefix, corpus = unfinished
+    whole = tmp_path / "whole"
+    preprocess(corpus, str(whole), tokenizer_spec)
+    shutil.copytree(f"{prefix}.work", f"{whole}.work")
+
+    with FileLock(WorkFolder(str(whole)).lock_path):
+        preprocess(corpus, str(whole), tokenizer_spec)
+        assert Path(f"{whole}.work").exists()
+    preprocess(corpus, str(whole), tokenizer_spec)
+
+    assert not Path(f"{whole}.work").exists()
 
 
 def test_tasks_that_are_whole_are_not_done_again(unfinished: tuple[Path, list[str]]) -> None:

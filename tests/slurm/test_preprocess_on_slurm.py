@@ -39,13 +39,16 @@ def test_a_job_array_makes_the_dataset_of_one_machine(
     refused = slurm_cluster.run([*command, "--executor", "slurm"], cwd=tmp_path)
     submitted = slurm_cluster.run([*command, *on_slurm], cwd=tmp_path)
     again = slurm_cluster.run([*command, *on_slurm], cwd=tmp_path)
+    # nor may another plan, or this machine, take the folder from under the jobs
+    other = slurm_cluster.run([*command, "--overwrite", "--end-of-document", "none"], cwd=tmp_path)
 
     assert refused.returncode == 2
     assert "--slurm-partition" in refused.stderr
     assert submitted.returncode == 0, submitted.stderr
     _, last = submitted.stdout.split("submitted job ")[1].split(";")[0].split(" and ")
-    assert again.returncode == 1
-    assert "is in SLURM's queue" in again.stderr
+    for late in (again, other):
+        assert late.returncode == 1
+        assert "is in SLURM's queue" in late.stderr
     slurm_cluster.wait(int(last), timeout=180)
     preprocess(corpus, str(tmp_path / "local"), tokenizer)
     for suffix in ("bin", "idx"):
