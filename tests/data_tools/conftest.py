@@ -3,7 +3,9 @@
 import bisect
 import itertools
 import random
+import subprocess
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,17 @@ def texts() -> list[str]:
     documents = documents[: bisect.bisect(total, 3.5 * CHUNK_BYTES)]
     special = ["ends with </s>", "\u2028 \ue000 emoji 😀 中文", "  spaces  ", "\ttab\r\n"]
     return special + documents
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
