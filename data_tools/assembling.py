@@ -1,12 +1,15 @@
-"""Puts the segments of a finished run together: PREFIX.bin, PREFIX.idx and, last, PREFIX.manifest.json.
+"""Puts the segments of a run together: PREFIX.bin, PREFIX.idx and, last, PREFIX.manifest.json.
 
-Ids are copied as they are, in the order of the tasks; only the index is made anew.
+Ids are copied as they are, in the order of the tasks; only the index is made anew. A run that makes one dataset is
+followed while its tasks are at work, so that the disk has little left to do at the end.
 """
 
 import hashlib
 import re
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -14,11 +17,12 @@ import numpy as np
 from data_tools.documents import SHOWN_COMPLAINTS
 from data_tools.indexed_dataset import PATHS, IndexedDatasetWriter
 from data_tools.manifest import existing_manifest, manifest_path, write_manifest
-from data_tools.pipeline import require_few_malformed
-from data_tools.work_folder import Counts, Segment, SetExtent, WorkFolder
+from data_tools.pipeline import require_few_malformed, rules_of
+from data_tools.work_folder import Counts, Segment, WorkFolder
 from dsmoe_megatron.errors import DataError
 
 COPY_BYTES = 8 << 20
+FOLLOWING_SECONDS = 0.2
 
 
 @dataclass
@@ -85,42 +89,111 @@ def require_documents(run: FinishedRun) -> None:
         raise DataError(f"no document in {sources} (left out: {dict(run.counts.all_skipped)})")
 
 
-def finish(prefix: str) -> dict[str, dict[str, Any]]:
-    """Make the datasets of what the tasks left, and remove the work folder.
+class Assembly:
+    """Makes the datasets of a run. Used as a context manager; nothing has its name before `finish`.
 
-    Returns:
-        The manifest of each, by its prefix.
-
-    Raises:
-        DataError: a task is not finished, or the input gave nothing that could be a dataset.
+    Args:
+        prefix: of the dataset.
     """
-    folder = WorkFolder(prefix)
-    run = collect(folder)
-    if not run.sets():
-        folder.remove()  # there is nothing in it to go on with
-    require_documents(run)
-    manifests = assemble(prefix, run)
-    folder.remove()
-    return manifests
 
+    def __init__(self, prefix: str) -> None:
+        self._prefix, self._folder = prefix, WorkFolder(prefix)
+        self._followed: IndexedDatasetWriter | None = None
+        self._segments = 0  # that have been followed
+        self._fault: Exception | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
 
-def assemble(prefix: str, run: FinishedRun) -> dict[str, dict[str, Any]]:
-    """Write the datasets of a finished run.
+    def __enter__(self) -> "Assembly":
+        return self
 
-    Returns:
-        The manifest of each, by its prefix.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop_following()
+        if self._followed is not None:
+            self._followed.__exit__(kind, error, trace)
 
-    Raises:
-        DataError: two sets would have one name, or another dataset is there.
-    """
-    names = run.sets()
-    prefixes = {name: prefix_of_set(prefix, name) for name in names}
-    if len(set(prefixes.values())) < len(prefixes):
-        raise DataError(f"two of the sets {', '.join(names)} would be written under one name: choose with --sets")
-    if not run.plan["overwrite"]:
-        for each in prefixes.values():
-            existing_manifest(each, run.plan["manifest"])
-    return {prefixes[name]: _write_dataset(prefixes[name], name, run) for name in names}
+    def follow(self) -> None:
+        """Put the segments of the tasks together as they come, in a thread. Sets of their own wait for the end: there
+        may be more of them than files can be open."""
+        if not rules_of(self._folder.plan()).one_dataset_per_set:
+            self._followed = self._writer(self._prefix).__enter__()
+            self._thread.start()
+
+    def _follow(self) -> None:
+        assert self._followed is not None
+        try:
+            for task in self._folder.tasks():
+                last, number = None, 0
+                while last is None or not last.finished:
+                    segment = task.next_segment(last, number)
+                    if segment is not None:
+                        _append_segment(self._followed, segment, "")
+                        last, number = segment, number + 1
+                        self._segments += 1
+                    elif self._stop.wait(FOLLOWING_SECONDS):
+                        return
+        except (OSError, DataError) as error:  # told at the end: the tasks themselves may still finish
+            self._fault = error
+
+    def _stop_following(self) -> None:
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def finish(self) -> dict[str, dict[str, Any]]:
+        """Make the datasets of what the tasks left, and remove the work folder.
+
+        Returns:
+            The manifest of each, by its prefix.
+
+        Raises:
+            DataError: a task is not finished, the input gave nothing that could be a dataset, two sets would have one
+                name, or another dataset is there.
+            OSError: of the disk.
+        """
+        self._stop_following()
+        if self._fault is not None:
+            raise self._fault
+        run = collect(self._folder)
+        if not run.sets():
+            self._folder.remove()  # there is nothing in it to go on with
+        require_documents(run)
+        prefixes = self._prefixes(run)
+        manifests = {}
+        for name, prefix in prefixes.items():
+            if self._followed is not None:
+                manifests[prefix] = self._complete(self._followed, prefix, name, run)
+            else:
+                with self._writer(prefix) as writer:
+                    manifests[prefix] = self._complete(writer, prefix, name, run)
+        self._folder.remove()
+        return manifests
+
+    def _prefixes(self, run: FinishedRun) -> dict[str, str]:
+        """Where each set's dataset lies."""
+        names = run.sets()
+        prefixes = {name: prefix_of_set(self._prefix, name) for name in names}
+        if len(set(prefixes.values())) < len(prefixes):
+            raise DataError(f"two of the sets {', '.join(names)} would be written under one name: choose with --sets")
+        if not run.plan["overwrite"]:
+            for each in prefixes.values():
+                existing_manifest(each, run.plan["manifest"])
+        return prefixes
+
+    def _complete(self, writer: IndexedDatasetWriter, prefix: str, name: str, run: FinishedRun) -> dict[str, Any]:
+        """Write what is missing of a dataset, and its manifest."""
+        for segment in run.segments[self._segments :]:
+            _append_segment(writer, segment, name)
+        files = writer.seal()
+        manifest_path(prefix).unlink(missing_ok=True)  # an old manifest must never vouch for new files
+        writer.publish()
+        return write_manifest(prefix, run.plan["manifest"], _results(name, run, files))
+
+    def _writer(self, prefix: str) -> IndexedDatasetWriter:
+        plan = self._folder.plan()
+        return IndexedDatasetWriter(prefix, np.dtype(plan["dtype"]), plan["with_paths"], self._folder.path)
 
 
 def prefix_of_set(prefix: str, name: str) -> str:
@@ -128,28 +201,20 @@ def prefix_of_set(prefix: str, name: str) -> str:
     return f"{prefix}_{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-')}" if name else prefix
 
 
-def _write_dataset(prefix: str, name: str, run: FinishedRun) -> dict[str, Any]:
-    with_paths = run.plan["with_paths"]
-    with IndexedDatasetWriter(prefix, np.dtype(run.plan["dtype"]), with_paths) as writer:
-        for segment in run.segments:
-            if name in segment.sets:
-                _append_segment(writer, segment, segment.sets[name], with_paths)
-        files = writer.seal()
-        manifest_path(prefix).unlink(missing_ok=True)  # an old manifest must never vouch for new files
-        writer.publish()
-    return write_manifest(prefix, run.plan["manifest"], _results(name, run, files))
-
-
-def _append_segment(writer: IndexedDatasetWriter, segment: Segment, extent: SetExtent, with_paths: bool) -> None:
+def _append_segment(writer: IndexedDatasetWriter, segment: Segment, name: str) -> None:
+    """Copy the documents of one set."""
+    if name not in segment.sets:
+        return
+    extent = segment.sets[name]
+    buffer = memoryview(bytearray(COPY_BYTES))  # one for all: a new one for each block costs more than the copying
     with segment.path.open("rb") as file:
-        for suffix, (begin, size) in (("bin", extent.ids), *([(PATHS, extent.paths)] if with_paths else [])):
+        for suffix, (begin, size) in (("bin", extent.ids), (PATHS, extent.paths)):
             file.seek(begin)
             while size:
-                block = file.read(min(size, COPY_BYTES))
-                if not block:
+                if not (count := file.readinto(buffer[: min(size, COPY_BYTES)])):
                     raise DataError(f"{segment.path} has been cut: give the same command again")
-                writer.append(suffix, block)
-                size -= len(block)
+                writer.append(suffix, buffer[:count])
+                size -= count
         begin, size = extent.lengths
         file.seek(begin)
         writer.append_lengths(np.frombuffer(file.read(size), np.int32))

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import multiprocess.forkserver
 import multiprocess.util
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from loguru import logger
 
-from data_tools.assembling import finish
+from data_tools.assembling import Assembly
 from data_tools.indexed_dataset import write_whole
 from data_tools.pipeline import EncodeDocuments, KeepSegments, ReadTask, TaskStep, parent_is_dead
 from data_tools.progress import ProgressWatcher
@@ -22,6 +23,7 @@ from data_tools.work_folder import WorkFolder
 from dsmoe_megatron.errors import DataError
 
 JOBS = "slurm_jobs.json"
+WORKERS_LIBRARIES = ("tokenizers", "sentencepiece", "gigatoken")  # what is not installed is passed over
 PARENT_CHECK_SECONDS = 0.5
 
 
@@ -32,7 +34,8 @@ class AssembleDatasets(TaskStep):
     name = "datasets"
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
-        finish(self.prefix)
+        with Assembly(self.prefix) as assembly:
+            assembly.finish()
         return ()
 
 
@@ -74,6 +77,13 @@ class PlainSlurmExecutor(SlurmPipelineExecutor):
 
 def steps(prefix: str) -> list[TaskStep]:
     return [ReadTask(prefix), EncodeDocuments(prefix), KeepSegments(prefix)]
+
+
+def prepare_workers() -> None:
+    """Let the server that the workers are forked from load their modules, while this process has other work."""
+    context: Any = multiprocess.get_context("forkserver")
+    context.set_forkserver_preload(["data_tools.preprocess", *WORKERS_LIBRARIES])
+    multiprocess.forkserver.ensure_running()
 
 
 def run_locally(prefix: str, workers: int, total_bytes: int) -> None:

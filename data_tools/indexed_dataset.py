@@ -47,20 +47,27 @@ def dataset_path(prefix: str | Path, suffix: str) -> Path:
 class IndexedDatasetWriter:
     """Writes documents one after the other; the files get their names when all of it is on the disk.
 
-    Used as a context manager. Until `publish` there are only PREFIX.bin.tmp and its siblings, and leaving the context
-    without it removes them.
+    Used as a context manager. Until `publish` there are only files of temporary names, and leaving the context without
+    it removes them.
 
     Args:
         prefix: path of the dataset without `.bin` and `.idx`; its folder is made.
         dtype: type of the ids in the file, see `token_dtype`.
         with_paths: also write PREFIX.paths.jsonl, the file that each document is.
+        folder: of the unfinished files, on the same disk; None is that of the dataset.
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype[Any], with_paths: bool = False) -> None:
+    def __init__(
+        self, prefix: str | Path, dtype: np.dtype[Any], with_paths: bool = False, folder: Path | None = None
+    ) -> None:
         self.dtype = dtype
         self._paths = {suffix: dataset_path(prefix, suffix) for suffix in ("bin", "idx")}
         if with_paths:
             self._paths[PATHS] = dataset_path(prefix, PATHS)
+        self._unfinished = {
+            suffix: temporary(path) if folder is None else folder / temporary(path).name
+            for suffix, path in self._paths.items()
+        }
         self._lengths: list[npt.NDArray[np.int32]] = []
         self._hashes = {suffix: hashlib.sha256() for suffix in self._paths}
         self._bytes = dict.fromkeys(self._paths, 0)
@@ -69,16 +76,16 @@ class IndexedDatasetWriter:
     def __enter__(self) -> "IndexedDatasetWriter":
         for suffix, path in self._paths.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._files[suffix] = temporary(path).open("wb")
+            self._files[suffix] = self._unfinished[suffix].open("wb")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for suffix, path in self._paths.items():
+        for suffix, path in self._unfinished.items():
             with suppress(OSError):  # of a full disk, which has been told
                 self._files[suffix].close()
-            temporary(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
     def add_documents(self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
         """Append documents.
@@ -126,8 +133,8 @@ class IndexedDatasetWriter:
 
     def publish(self) -> None:
         """Give the sealed files their names."""
-        for path in self._paths.values():
-            temporary(path).replace(path)
+        for suffix, path in self._paths.items():
+            self._unfinished[suffix].replace(path)
         sync_folder(self._paths["bin"].parent)
 
     def _index(self) -> "Iterator[bytes | memoryview[int]]":

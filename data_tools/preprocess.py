@@ -19,9 +19,9 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
-from data_tools.assembling import finish
+from data_tools.assembling import Assembly
 from data_tools.documents import DocumentRules
-from data_tools.executors import SlurmJob, queued_jobs, run_locally, submit_to_slurm
+from data_tools.executors import SlurmJob, prepare_workers, queued_jobs, run_locally, submit_to_slurm
 from data_tools.planned_run import PlannedRun
 from data_tools.sources import DEFAULT_EXTENSIONS, MAX_FILE_BYTES
 from dsmoe_megatron.errors import ConfigurationError, DataError, DSMoEError, exit_with
@@ -49,6 +49,8 @@ def preprocess(
         TokenizerError: the tokenizer cannot be used.
     """
     start = time.perf_counter()
+    if workers > 1 and slurm is None:
+        prepare_workers()
     run = PlannedRun(inputs, output_prefix, tokenizer_spec, rules or DocumentRules())
     with _system_faults_named(output_prefix):
         if not overwrite and (existing := run.existing()):
@@ -62,8 +64,10 @@ def preprocess(
             if slurm is not None:
                 _submit(output_prefix, workers, slurm)
                 return []
-            run_locally(output_prefix, workers, sum(source.bytes for source in run.sources))
-            datasets = finish(output_prefix)
+            with Assembly(output_prefix) as assembly:
+                assembly.follow()
+                run_locally(output_prefix, workers, sum(source.bytes for source in run.sources))
+                datasets = assembly.finish()
     for prefix, manifest in datasets.items():
         _print_summary(prefix, manifest)
     _print_speed(list(datasets.values()), time.perf_counter() - start)

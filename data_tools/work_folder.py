@@ -204,11 +204,15 @@ class TaskFolder:
         """The whole segments, in order. One that lacks a byte, or does not go on where the one before ends (a worker
         that was given up wrote it), ends the list: what follows is made again."""
         found: list[Segment] = []
-        while (segment := self._read_segment(len(found))) is not None:
-            if segment.first != (found[-1].chunks if found else 0):
-                break
+        while (segment := self.next_segment(found[-1] if found else None, len(found))) is not None:
             found.append(segment)
         return found
+
+    def next_segment(self, last: Segment | None, number: int) -> Segment | None:
+        """The whole segment that goes on after the last of `number` ones, if there is one."""
+        segment = self._read_segment(number)
+        goes_on = segment is not None and segment.first == (last.chunks if last else 0)
+        return segment if goes_on else None
 
     @property
     def finished(self) -> bool:

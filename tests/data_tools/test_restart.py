@@ -1,5 +1,6 @@
 """A run that is killed goes on where it was, and ends in the files of a run that was not."""
 
+import errno
 import json
 import os
 import random
@@ -158,7 +159,7 @@ def unfinished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_tools.preprocess.finish", stop)
+        patch.setattr("data_tools.preprocess.Assembly.finish", stop)
         with pytest.raises(KeyboardInterrupt):
             preprocess(corpus, str(prefix), tokenizer_spec)
     assert len(segments_of(prefix)) > 8
@@ -282,3 +283,20 @@ def test_tasks_that_are_whole_are_not_done_again(unfinished: tuple[Path, list[st
     run_locally(str(prefix), 1, 0)
 
     assert {path: path.stat().st_mtime_ns for path in folder.path.glob("tasks/*/segment_*")} == before
+
+
+def test_a_fault_while_the_tasks_are_followed_is_told_and_the_same_command_goes_on(
+    corpus: list[str], tokenizer_spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = tmp_path / "data"
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{prefix}.bin")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_tools.assembling.IndexedDatasetWriter.append", full)
+        with pytest.raises(DataError, match=r"data\.bin: No space left"):
+            preprocess(corpus, str(prefix), tokenizer_spec)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.work"]
+
+    assert finish((prefix, corpus), tokenizer_spec) == finish((tmp_path / "whole", corpus), tokenizer_spec)
