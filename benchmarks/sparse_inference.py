@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -29,9 +29,18 @@ from benchmarks.measuring import benchmark_parser, paired_seconds, run_benchmark
 from dsmoe_megatron.inference.configuration_dsmoe import DSMoEConfig
 from dsmoe_megatron.inference.expert_products import PER_EXPERT
 from dsmoe_megatron.inference.modeling_dsmoe import DSMoEForCausalLM, DSMoEMLP
-from dsmoe_megatron.inference.policy import active_experts
+from dsmoe_megatron.inference.policy import PolicyName, active_experts
 
-LAYERS, HIDDEN, EXPERTS, TOP_K, HEAD_DIM, KEY_VALUE_HEADS, ATTENTION_EXPERTS, VOCABULARY = 12, 768, 32, 8, 64, 2, 6, 8192
+LAYERS, HIDDEN, EXPERTS, TOP_K, HEAD_DIM, KEY_VALUE_HEADS, ATTENTION_EXPERTS, VOCABULARY = (
+    12,
+    768,
+    32,
+    8,
+    64,
+    2,
+    6,
+    8192,
+)
 THRESHOLD = 0.48
 LIMIT = 0.8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -91,7 +100,14 @@ def random_model(units: int, gated: bool, dtype: torch.dtype) -> DSMoEForCausalL
 def llama_of_the_same_size(model: DSMoEForCausalLM) -> LlamaForCausalLM:
     """The dense model whose MLP is as wide as all experts together."""
     config = model.config
-    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    shared = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
     llama = LlamaConfig(
         **{name: getattr(config, name) for name in shared},
         intermediate_size=config.num_experts * config.moe_intermediate_size,
@@ -99,16 +115,21 @@ def llama_of_the_same_size(model: DSMoEForCausalLM) -> LlamaForCausalLM:
     return LlamaForCausalLM(llama).to(model.dtype).eval()
 
 
+def mlps(model: DSMoEForCausalLM) -> list[Any]:
+    """The MLP of each layer."""
+    return [layer.mlp for layer in cast(Any, model.model.layers)]
+
+
 def sharpen_routers(model: DSMoEForCausalLM, share: float) -> None:
     """Scale the MLP routers until the threshold takes this share of the experts."""
     model.set_policy("threshold")
     ids = torch.randint(VOCABULARY, (1, 256))
     low, high = 0.0, 8.0  # exponents of two
-    weights = [layer.mlp.gate.weight.data.clone() for layer in model.model.layers]
+    weights = [mlp.gate.weight.data.clone() for mlp in mlps(model)]
     for _ in range(8):
         middle = (low + high) / 2
-        for layer, weight in zip(model.model.layers, weights, strict=True):
-            layer.mlp.gate.weight.data.copy_(weight * 2**middle)
+        for mlp, weight in zip(mlps(model), weights, strict=True):
+            mlp.gate.weight.data.copy_(weight * 2**middle)
         with counted_experts(model) as counts:
             model(ids)
         active = statistics.fmean(count.pairs for count in counts) / ids.numel() / EXPERTS
@@ -133,7 +154,7 @@ def counted_experts(model: DSMoEForCausalLM) -> Iterator[list[Count]]:
         active_TN = active_experts(scores_TN, mlp.policy, mlp.layer_idx, "mlp")
         counts.append(Count(int(active_TN.sum()), int(active_TN.any(dim=0).sum())))
 
-    hooks = [layer.mlp.register_forward_pre_hook(count) for layer in model.model.layers]
+    hooks = [mlp.register_forward_pre_hook(count) for mlp in mlps(model)]
     try:
         yield counts
     finally:
@@ -144,7 +165,7 @@ def counted_experts(model: DSMoEForCausalLM) -> Iterator[list[Count]]:
 def parameters_without_experts(model: DSMoEForCausalLM) -> int:
     """Of all that every token needs, the output layer too; the input embedding is only looked up."""
     embedding = model.model.embed_tokens.weight.numel()
-    experts = sum(p.numel() for layer in model.model.layers for p in layer.mlp.experts.parameters())
+    experts = sum(p.numel() for mlp in mlps(model) for p in mlp.experts.parameters())
     return sum(p.numel() for p in model.parameters()) - embedding - experts
 
 
@@ -156,7 +177,7 @@ def ideal_ratio(model: DSMoEForCausalLM, scenario: Scenario, counts: Sequence[Co
         scenario: what is timed.
         counts: of every layer in every forward pass.
     """
-    one_expert = sum(p[0].numel() for p in model.model.layers[0].mlp.experts.parameters())
+    one_expert = sum(p[0].numel() for p in mlps(model)[0].experts.parameters())
     rest = parameters_without_experts(model)
     if scenario.decode:
         passes = len(counts) // LAYERS
@@ -188,11 +209,11 @@ def forward_passes(model: Any, scenario: Scenario) -> Callable[[], object]:
 
 
 def measure_scenario(
-    model: DSMoEForCausalLM, llama: LlamaForCausalLM | None, policy: str, scenario: Scenario, repeats: int
+    model: DSMoEForCausalLM, llama: LlamaForCausalLM | None, policy: PolicyName, scenario: Scenario, repeats: int
 ) -> dict[str, Any]:
     """One row: the sparse policy beside the others."""
 
-    def under(name: str, implementation: str) -> Callable[[], object]:
+    def under(name: PolicyName, implementation: str) -> Callable[[], object]:
         passes = forward_passes(model, scenario)
 
         def run() -> object:
@@ -202,7 +223,11 @@ def measure_scenario(
 
         return run
 
-    runs = {policy: under(policy, PER_EXPERT), DENSE: under("dense", PER_EXPERT), TRANSFORMERS: under(policy, "grouped_mm")}
+    runs = {
+        policy: under(policy, PER_EXPERT),
+        DENSE: under("dense", PER_EXPERT),
+        TRANSFORMERS: under(policy, "grouped_mm"),
+    }
     if llama is not None:
         runs[LLAMA] = forward_passes(llama, scenario)
     with counted_experts(model) as counts:
@@ -238,7 +263,8 @@ def measure(arguments: Namespace) -> dict[str, Any]:
                 sharpen_routers(model, arguments.active)
                 llama = llama_of_the_same_size(model) if gated else None
                 rows = []
-                for policy, scenario in itertools.product(("topk", "threshold"), SCENARIOS):
+                policies: tuple[PolicyName, ...] = ("topk", "threshold")
+                for policy, scenario in itertools.product(policies, SCENARIOS):
                     if scenario.name in arguments.scenarios:
                         print(f"{dtype}, {units} units, gated: {gated}, {policy}, {scenario.name}", file=sys.stderr)
                         rows.append(measure_scenario(model, llama, policy, scenario, arguments.repeats))
@@ -251,7 +277,17 @@ def as_markdown(report: dict[str, Any]) -> str:
     for model in report["models"]:
         kind = "SwiGLU" if model["gated"] else "GeLU"
         lines += ["", f"{model['dtype']}, {kind} experts of {model['units']} units", ""]
-        header = ("Policy", "Scenario", "Active", "Tokens/s", "/ dense", "Ideal", "Share of the ideal", "/ grouped_mm", "/ Llama")
+        header = (
+            "Policy",
+            "Scenario",
+            "Active",
+            "Tokens/s",
+            "/ dense",
+            "Ideal",
+            "Share of the ideal",
+            "/ grouped_mm",
+            "/ Llama",
+        )
         rows = [
             (
                 row["policy"],

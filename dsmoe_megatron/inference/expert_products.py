@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_mm, grouped_mm_experts_forward
 
 PER_EXPERT = "per_expert"
 """Name of this implementation among transformers' own: `set_experts_implementation("per_expert")`."""
@@ -127,10 +127,15 @@ def grouped_linear(rows: Tensor, weight_NOI: Tensor, expert: Tensor) -> Tensor:
     Returns:
         [..., O].
     """
-    order_P, counts_N = by_expert(expert.flatten(), len(weight_NOI))
-    groups = rows.flatten(0, -2)[order_P].split(counts_N)
-    outputs = [linear(group, weight) for group, weight in zip(groups, weight_NOI, strict=True) if len(group)]
-    output_PO = torch.cat(outputs)
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        sorted_P, order_P = expert.flatten().sort(stable=True)
+        ends_N = torch.searchsorted(sorted_P, torch.arange(1, len(weight_NOI) + 1, device=rows.device), out_int32=True)
+        output_PO = _grouped_mm(rows.flatten(0, -2)[order_P], weight_NOI.transpose(1, 2), ends_N)
+    else:
+        order_P, counts_N = by_expert(expert.flatten(), len(weight_NOI))
+        groups = rows.flatten(0, -2)[order_P].split(counts_N)
+        outputs = [linear(group, weight) for group, weight in zip(groups, weight_NOI, strict=True) if len(group)]
+        output_PO = torch.cat(outputs)
     return torch.empty_like(output_PO).index_copy(0, order_P, output_PO).unflatten(0, expert.shape)
 
 

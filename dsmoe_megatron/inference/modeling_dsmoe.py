@@ -150,11 +150,10 @@ def with_every_choice(experts_class: ExpertsClass) -> ExpertsClass:
     ) -> Tensor:
         """As the experts interface's. Without an index, every expert with the weights [T, N] (none are ones); with the
         tokens of pairs [P], the experts and weights of these pairs [P]."""
-        if top_k_index is None:
+        if top_k_index is None or top_k_weights is None:
             return self.every_expert(hidden_states, top_k_weights)
         if pair_token is None:
-            return cast(Tensor, chosen(self, hidden_states, top_k_index, top_k_weights))
-        assert top_k_weights is not None
+            return chosen(self, hidden_states, top_k_index, top_k_weights)
         if takes_pairs(self, hidden_states):
             return sum_over_pairs(self, hidden_states, pair_token, top_k_index, top_k_weights)
         # each pair as a token of its own with one expert; summed in float32: a token may have many experts

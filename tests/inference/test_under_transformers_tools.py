@@ -1,4 +1,4 @@
-"""The exported model in the hands of transformers' own tools: caches, beams, compilation, adapters, Trainer, devices."""
+"""The exported model in the hands of others' tools: caches, beams, compilation, adapters, Trainer, several devices."""
 
 import subprocess
 import sys
@@ -67,7 +67,7 @@ def test_low_rank_adapters_on_the_experts_take_part_whatever_the_policy(policy: 
     model.set_policy(policy)
     logits = adapted(token_ids()).logits
 
-    merged = adapted.merge_and_unload()
+    merged: Any = adapted.merge_and_unload()
 
     merged.set_policy(policy)
     torch.testing.assert_close(logits, merged(token_ids()).logits, rtol=1e-4, atol=2e-5)
@@ -88,7 +88,7 @@ def test_trainer_trains_it_densely(tmp_path: Path) -> None:
         save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True, seed=1,
     )  # fmt: skip
 
-    Trainer(model=model, args=options, train_dataset=samples).train()  # type: ignore[arg-type]
+    Trainer(model=model, args=options, train_dataset=samples).train()
 
     with torch.no_grad():
         assert float(model(ids, labels=ids).loss) < before - 1
@@ -107,35 +107,38 @@ TENSOR_PARALLEL = """
 import sys, torch, torch.distributed as dist
 from dsmoe_megatron.inference.modeling_dsmoe import DSMoEForCausalLM
 
-folder, ids = sys.argv[1], torch.load(sys.argv[2], weights_only=True)
+folder, *names = sys.argv[1:]
 dist.init_process_group("gloo")
-model = DSMoEForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
-results = {}
-for policy in ("dense", "topk", "threshold"):
-    model.set_policy(policy)
-    with torch.no_grad():
-        results[policy] = model(ids).logits
-if dist.get_rank() == 0:
-    torch.save(results, sys.argv[3])
-shape = model.model.layers[0].mlp.experts.down_proj
-print("local", tuple(getattr(shape, "to_local", lambda: shape)().shape))
+ids = torch.load(f"{folder}/ids.pt", weights_only=True)
+for name in names:
+    model = DSMoEForCausalLM.from_pretrained(f"{folder}/{name}", tp_plan="auto").eval()
+    results = {"units": model.model.layers[0].mlp.experts.down_proj.to_local().shape[-1]}
+    for policy in ("dense", "topk", "threshold"):
+        model.set_policy(policy)
+        with torch.no_grad():
+            results[policy] = model(ids).logits
+    torch.save(results, f"{folder}/{name}.{dist.get_rank()}.pt")
 """
 
 
-@pytest.mark.parametrize("name", ["gelu_linear_moa", "gqa_mlp_experts"])
-def test_two_tensor_parallel_processes_give_the_logits_of_one(name: str, tmp_path: Path) -> None:
-    model, _ = build(VARIANTS[name], torch.float32)
-    model.save_pretrained(tmp_path / "model")
+def test_two_tensor_parallel_processes_give_the_logits_of_one(tmp_path: Path) -> None:
+    models = {name: build(VARIANTS[name], torch.float32)[0] for name in ("gelu_linear_moa", "gqa_mlp_experts")}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
     torch.save(token_ids(), tmp_path / "ids.pt")
     (tmp_path / "run.py").write_text(TENSOR_PARALLEL)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [str(tmp_path / each) for each in ("run.py", "model", "ids.pt", "logits.pt")]
 
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, str(tmp_path / "run.py"), str(tmp_path), *models], capture_output=True, text=True, timeout=200
+    )
 
     assert done.returncode == 0, done.stderr[-3000:]
-    units = VARIANTS[name].moe_intermediate_size
-    assert done.stdout.count(f"{units // 2})") == 2  # each process holds half of every expert's units
-    for policy, logits in torch.load(tmp_path / "logits.pt", weights_only=True).items():
-        model.set_policy(policy)
-        torch.testing.assert_close(logits, model(token_ids()).logits, rtol=1e-4, atol=2e-5)
+    for name, model in models.items():
+        for rank in range(2):
+            results = torch.load(tmp_path / f"{name}.{rank}.pt", weights_only=True)
+            # half of the units of every expert
+            assert results.pop("units") == VARIANTS[name].moe_intermediate_size // 2
+            for policy, logits in results.items():
+                model.set_policy(policy)
+                torch.testing.assert_close(logits, model(token_ids()).logits, rtol=1e-4, atol=2e-5)
