@@ -34,7 +34,7 @@ from dsmoe_megatron.tokenizers import Tokenizer, load_tokenizer, save_huggingfac
 Target = Literal["dsmoe", "llama"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHARD_BYTES = 2_000_000_000
-CODE_FILES = ("configuration_dsmoe.py", "modeling_dsmoe.py", "policy.py")
+CODE_FILES = ("configuration_dsmoe.py", "expert_products.py", "modeling_dsmoe.py", "policy.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_dsmoe.DSMoEConfig",
     "AutoModel": "modeling_dsmoe.DSMoEModel",

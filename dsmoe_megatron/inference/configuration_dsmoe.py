@@ -15,7 +15,21 @@ class DSMoEConfig(PreTrainedConfig):
     """
 
     model_type = "dsmoe"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads a class attribute)
+    # transformers reads class attributes
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    # every process holds a part of the units of every expert, so that the load is even whatever the routers choose;
+    # attention and routers are on each
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.mlp.experts.up_proj": "colwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+    base_model_pp_plan = {  # noqa: RUF012
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     vocab_size: int = 50304
     """Tokens of the tokenizer."""

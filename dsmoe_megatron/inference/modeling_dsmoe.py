@@ -7,9 +7,10 @@ Shape suffixes: B batch, S sequence, T tokens (B x S flattened), N experts, K ac
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_dsmoe import DSMoEConfig
+from .expert_products import PER_EXPERT, grouped_linear, linear, sum_of_all, sum_over_pairs, takes_pairs
 from .policy import ExpertPolicy, PolicyName, RouterKind, active_experts, best_experts, fixed_top_k
 
 
@@ -107,11 +109,11 @@ class DSMoEExpertsBase(nn.Module):
 
     def every_expert(self, hidden_TH: Tensor, scores_TN: Tensor | None) -> Tensor:
         """The sum over all experts of score x output (equation 3), as one MLP of N x F units; no scores are ones."""
-        projected_TNF = F.linear(hidden_TH, self.up_weight().flatten(0, 1)).unflatten(-1, (self.num_experts, -1))
+        projected_TNF = linear(hidden_TH, self.up_weight().flatten(0, 1)).unflatten(-1, (self.num_experts, -1))
         units_TNF = self.activate(projected_TNF)
         if scores_TN is not None:
             units_TNF = (units_TNF * scores_TN.unsqueeze(-1)).to(hidden_TH.dtype)
-        return F.linear(units_TNF.flatten(1), self.down_proj.transpose(0, 1).flatten(1))
+        return sum_of_all(units_TNF, self.down_proj)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The sum over each token's K experts of weight x output: the experts interface's eager implementation.
@@ -130,6 +132,41 @@ class DSMoEExpertsBase(nn.Module):
         return output_TH
 
 
+ExpertsClass = TypeVar("ExpertsClass", bound=type[DSMoEExpertsBase])
+
+
+def with_every_choice(experts_class: ExpertsClass) -> ExpertsClass:
+    """Let the module compute all experts, or any number per token, as well as K: by its own call, since that is where
+    adapters (PEFT) and tensor parallelism take hold of a module."""
+    chosen = experts_class.forward
+
+    @functools.wraps(chosen)
+    def forward(
+        self: DSMoEExpertsBase,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+        pair_token: Tensor | None = None,
+    ) -> Tensor:
+        """As the experts interface's. Without an index, every expert with the weights [T, N] (none are ones); with the
+        tokens of pairs [P], the experts and weights of these pairs [P]."""
+        if top_k_index is None or top_k_weights is None:
+            return self.every_expert(hidden_states, top_k_weights)
+        if pair_token is None:
+            return chosen(self, hidden_states, top_k_index, top_k_weights)
+        if takes_pairs(self, hidden_states):
+            return sum_over_pairs(self, hidden_states, pair_token, top_k_index, top_k_weights)
+        # each pair as a token of its own with one expert; summed in float32: a token may have many experts
+        output_PH = chosen(self, hidden_states[pair_token], top_k_index[:, None], top_k_weights[:, None])
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        sum_TH = torch.zeros_like(hidden_states, dtype=wide).index_add(0, pair_token, output_PH.to(wide))
+        return sum_TH.to(hidden_states.dtype)
+
+    experts_class.forward = forward  # type: ignore[method-assign]
+    return experts_class
+
+
+@with_every_choice
 @use_experts_implementation(has_gate=False)
 class DSMoEExperts(DSMoEExpertsBase):
     """Plain experts: W2 act(W1 x)."""
@@ -145,6 +182,7 @@ class DSMoEExperts(DSMoEExpertsBase):
         return cast(Tensor, self.act_fn(projected))
 
 
+@with_every_choice
 @use_experts_implementation
 class DSMoEGatedExperts(DSMoEExpertsBase):
     """Gated experts: W2 (act(Wg x) * (W1 x)); each expert's gate rows stand before its up rows."""
@@ -181,26 +219,19 @@ class DSMoEMLP(nn.Module):
         """[B, S, H] -> [B, S, H]; the token mask [T] is what threshold_topk counts."""
         hidden_TH = hidden_states.flatten(0, -2)
         if self.num_experts == 1:
-            return self.experts.every_expert(hidden_TH, None).view_as(hidden_states)
+            return self.experts(hidden_TH).view_as(hidden_states)
         _, scores_TN = self.gate(hidden_TH)
         if self.top_k == self.num_experts:
-            output_TH = self.experts.every_expert(hidden_TH, scores_TN)
+            output_TH = self.experts(hidden_TH, None, scores_TN)
         elif self.top_k is not None:
             index_TK = best_experts(scores_TN, self.top_k)
             output_TH = self.experts(hidden_TH, index_TK, scores_TN.gather(-1, index_TK).to(hidden_TH.dtype))
         else:
-            output_TH = self._active_pairs(hidden_TH, scores_TN, token_mask)
+            active_TN = active_experts(scores_TN, self.policy, self.layer_idx, "mlp", token_mask)
+            token_P, expert_P = active_TN.nonzero(as_tuple=True)
+            weights_P = scores_TN[token_P, expert_P].to(hidden_TH.dtype)
+            output_TH = self.experts(hidden_TH, expert_P, weights_P, token_P)
         return output_TH.view_as(hidden_states)
-
-    def _active_pairs(self, hidden_TH: Tensor, scores_TN: Tensor, token_mask_T: Tensor | None) -> Tensor:
-        """Each active (token, expert) pair as a token of its own with one expert, so that no other pair is computed."""
-        active_TN = active_experts(scores_TN, self.policy, self.layer_idx, "mlp", token_mask_T)
-        token_P, expert_P = active_TN.nonzero(as_tuple=True)
-        weights_P = scores_TN[token_P, expert_P].to(hidden_TH.dtype)
-        output_PH = self.experts(hidden_TH[token_P], expert_P[:, None], weights_P[:, None])
-        # summed in the scores' float32: a token may have many experts
-        sum_TH = torch.zeros_like(hidden_TH, dtype=scores_TN.dtype)
-        return sum_TH.index_add(0, token_P, output_PH.to(scores_TN.dtype)).to(hidden_TH.dtype)
 
 
 class DSMoEAttention(nn.Module):
@@ -297,7 +328,7 @@ class DSMoEAttention(nn.Module):
         if not self.is_mixture:
             return cast(Tensor, self.q_proj(hidden_BSH)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if index_BSK is None:
-            query = F.linear(hidden_BSH, self.q_experts.flatten(0, 1))
+            query = linear(hidden_BSH, self.q_experts.flatten(0, 1))
         else:
             hidden_BSKH = hidden_BSH.unsqueeze(2).expand(*index_BSK.shape, -1)
             query = grouped_linear(hidden_BSKH, self.q_experts, index_BSK).flatten(2)
@@ -312,27 +343,8 @@ class DSMoEAttention(nn.Module):
         gated_BSGKD = (heads_BSGKD * scores_BSK[:, :, None, :, None]).to(heads.dtype)
         gated_BSKE = gated_BSGKD.transpose(2, 3).flatten(3)
         if index_BSK is None:
-            return F.linear(gated_BSKE.flatten(2), self.o_experts.transpose(0, 1).flatten(1))
+            return linear(gated_BSKE.flatten(2), self.o_experts.transpose(0, 1).flatten(1))
         return grouped_linear(gated_BSKE, self.o_experts, index_BSK).sum(dim=2)
-
-
-def grouped_linear(rows: Tensor, weight_NOI: Tensor, expert: Tensor) -> Tensor:
-    """Each row times the weight of its own expert; only experts that have rows are computed.
-
-    Args:
-        rows: [..., I].
-        weight_NOI: one [O, I] per expert.
-        expert: index of each row's expert, [...].
-
-    Returns:
-        [..., O].
-    """
-    order_P = expert.flatten().argsort(stable=True)
-    counts_N = expert.flatten().bincount(minlength=weight_NOI.shape[0]).tolist()
-    groups = rows.flatten(0, -2)[order_P].split(counts_N)
-    outputs = [F.linear(group, weight) for group, weight in zip(groups, weight_NOI, strict=True) if len(group)]
-    output_PO = torch.cat(outputs)
-    return torch.empty_like(output_PO).index_copy(0, order_P, output_PO).unflatten(0, expert.shape)
 
 
 class DSMoEDecoderLayer(GradientCheckpointingLayer):
@@ -382,6 +394,11 @@ class DSMoEPreTrainedModel(PreTrainedModel):
         if isinstance(module, DSMoERouter | DSMoEExpertsBase | DSMoEAttention):
             for parameter in module.parameters(recurse=False):
                 initialization.normal_(parameter, std=self.config.initializer_range)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As transformers', with one product per active expert as the default, which is transformers' own on a GPU."""
+        requested = PER_EXPERT if requested_experts is None else requested_experts
+        return cast(str, super().get_correct_experts_implementation(requested))
 
     def set_policy(
         self,
@@ -480,7 +497,10 @@ class DSMoEModel(DSMoEPreTrainedModel):
 class DSMoEForCausalLM(DSMoEPreTrainedModel, GenerationMixin):
     """The decoder with its output layer."""
 
+    # transformers reads class attributes
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
 
     def __init__(self, config: DSMoEConfig) -> None:
         super().__init__(config)

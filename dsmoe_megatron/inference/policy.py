@@ -140,6 +140,8 @@ def fixed_top_k(policy: ExpertPolicy, layer_index: int, kind: RouterKind, num_ex
 
 def best_experts(scores_TE: Tensor, top_k: int) -> Tensor:
     """Indices of each token's K highest scores, best first, [T, K]."""
+    if top_k == 1:
+        return scores_TE.argmax(dim=-1, keepdim=True)  # the first of equal ones
     # torch.topk leaves the order of equal scores open; a stable sort gives them to the lower index on every device
     return scores_TE.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
 

@@ -115,7 +115,7 @@ def test_loss_and_every_gradient_equal_the_reference(architecture: reference.Ref
         assert_equal(gradients[name], leaf.grad, name, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["per_expert", "eager", "grouped_mm", "batched_mm"])
 def test_every_experts_implementation_is_sparse_inference(implementation: str) -> None:
     for architecture in (VARIANTS["gelu_linear_moa"], VARIANTS["gqa_mlp_experts"]):
         model, tensors = build(architecture, torch.float32)
