@@ -6,6 +6,7 @@ The model's own code, which travels with the export, is what runs.
 """
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,10 @@ def generate(
 def _load(folder: str) -> tuple[Any, Any]:
     """Tokenizer and model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    if not sys.stderr.isatty():  # no bar where nobody watches it
+        disable_progress_bar()
     if not Path(folder, "config.json").is_file():
         raise CheckpointError(f"{folder}: has no config.json: is it an export?")
     try:

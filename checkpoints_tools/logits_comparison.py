@@ -13,6 +13,7 @@ Shape suffixes: B sequences, S positions, T tokens (B x S flattened), N experts,
 import copy
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,11 @@ def _single_process(config: Config) -> Config:
 
 
 def _load_export(folder: Path, device: torch.device) -> Any:
+    from transformers.utils.logging import disable_progress_bar
+
     config = read_exported_config(folder)
+    if not sys.stderr.isatty():  # no bar where nobody watches it
+        disable_progress_bar()
     try:
         return model_class(config).from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device).eval()
     except Exception as error:  # transformers and safetensors have many
