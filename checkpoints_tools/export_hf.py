@@ -8,14 +8,17 @@ a tensor of one layer or the embedding, whatever the model's size.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
@@ -167,6 +170,7 @@ def _write_tensors(
 ) -> int:
     """Tensor by tensor: read, convert, write, forget. Returns the number of tensors."""
     shards = list(_plan_shards(mapping, dtype, max_shard_bytes))
+    all_exported = _read_ahead(source, [each for shard in shards for each in shard.sources], dtype)
     total_bytes = sum(shard.nbytes(dtype) for shard in shards)
     weight_map: dict[str, str] = {}
     # no bar where nobody watches it
@@ -175,8 +179,7 @@ def _write_tensors(
             several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             file_name = several if len(shards) > 1 else "model.safetensors"
             with StreamedFile(folder / file_name, shard.shapes, dtype) as file:
-                for rule, layer in shard.sources:
-                    exported = rule.to_exported(source.read(rule.megatron, layer, dtype), layer)
+                for exported in itertools.islice(all_exported, len(shard.sources)):
                     for name, tensor in exported.items():
                         file.add(name, tensor)
                         bar.update(tensor.nbytes)
@@ -186,6 +189,22 @@ def _write_tensors(
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return len(weight_map)
+
+
+def _read_ahead(
+    source: DistributedCheckpoint, sources: Sequence[tuple[TensorRule, int | None]], dtype: torch.dtype
+) -> Iterator[dict[str, Tensor]]:
+    """The exported tensors of each source; a thread reads the next ones while these are written."""
+
+    def read(rule: TensorRule, layer: int | None) -> dict[str, Tensor]:
+        return rule.to_exported(source.read(rule.megatron, layer, dtype), layer)
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        ahead = thread.submit(read, *sources[0])
+        for rule, layer in sources[1:]:
+            exported, ahead = ahead.result(), thread.submit(read, rule, layer)
+            yield exported
+        yield ahead.result()
 
 
 def _plan_shards(mapping: TensorMapping, dtype: torch.dtype, max_shard_bytes: int) -> Iterator[Shard]:
