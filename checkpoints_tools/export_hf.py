@@ -2,68 +2,41 @@
 
 The folder has safetensors shards, the model's code, the tokenizer, a generation configuration and a model card, so
 `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)` needs nothing of this package. Every tensor of the
-checkpoint is used once and every tensor of the export written once, or the export fails and says which.
+checkpoint is used once and every tensor of the export written once, or the export fails and says which. Memory is for
+a tensor of one layer or the embedding, whatever the model's size.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
-import os
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
+from checkpoints_tools.export_formats import Format, choose_target, exported_config
 from checkpoints_tools.model_card import model_card
+from checkpoints_tools.streamed_safetensors import StreamedFile
+from checkpoints_tools.whole_folder import sync, whole_folder, write_text
 from dsmoe_megatron.config import ModelConfig
 from dsmoe_megatron.config_parsing import load_config
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError, exit_with
 from dsmoe_megatron.inference.policy import ExpertPolicy, PolicyError
-from dsmoe_megatron.inference.tensor_mapping import TensorMapping, TensorRule, check_names
+from dsmoe_megatron.inference.tensor_mapping import Shape, TensorMapping, TensorRule, check_names
 from dsmoe_megatron.run_folder import find_checkpoint, read_progress
 from dsmoe_megatron.tokenizers import Tokenizer, load_tokenizer, save_huggingface
 
-Target = Literal["dsmoe", "llama"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHARD_BYTES = 2_000_000_000
 CODE_FILES = ("configuration_dsmoe.py", "expert_products.py", "modeling_dsmoe.py", "policy.py")
-AUTO_MAP = {
-    "AutoConfig": "configuration_dsmoe.DSMoEConfig",
-    "AutoModel": "modeling_dsmoe.DSMoEModel",
-    "AutoModelForCausalLM": "modeling_dsmoe.DSMoEForCausalLM",
-}
-# keys of the recipe's model section that config.json has under the same name
-SHARED_KEYS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "max_position_embeddings",
-    "attention_dropout",
-    "initializer_range",
-)
-DSMOE_KEYS = (
-    "attention_type",
-    "num_attention_experts",
-    "num_experts",
-    "moe_intermediate_size",
-    "gated_mlp",
-    "router_type",
-    "router_hidden_size",
-    "norm_type",
-)
 
 
 def export(
@@ -73,6 +46,7 @@ def export(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    wanted_format: Format = "auto",
 ) -> int:
     """Write the Hugging Face folder; it appears whole or not at all.
 
@@ -82,7 +56,8 @@ def export(
         policy_options: fields of ExpertPolicy that replace the recipe's.
         dtype: of the exported tensors; None is the run's precision.
         overwrite: replace an export that is already there.
-        max_shard_bytes: largest safetensors file; the memory needed is about one such file, or the largest tensor.
+        max_shard_bytes: largest safetensors file, unless one tensor is larger.
+        wanted_format: `auto`, or `qwen2_moe` where the model must fit that architecture.
 
     Returns:
         Number of tensors written.
@@ -99,23 +74,25 @@ def export(
     tokenizer = load_tokenizer(config.data.tokenizer)
     vocab_size = _vocab_size(config.model, tokenizer)
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
-    target: Target = "llama" if _is_llama(model) else "dsmoe"
-    dtype = dtype or DTYPES[config.train.precision]
     policy = _policy(model, policy_options or {})
-    exported_config = _exported_config(model, policy, tokenizer, dtype, target)
+    target = choose_target(wanted_format, model, policy)
+    dtype = dtype or DTYPES[config.train.precision]
+    description = exported_config(model, policy, tokenizer, dtype, target)
 
     source = DistributedCheckpoint(step_folder)
     mapping = TensorMapping(model, vocab_size, model.padded_vocab_size, model.expert_training, target)
     _check_source(source, mapping)
-    with _whole_or_nothing(output, overwrite) as folder:
+    with whole_folder(output, overwrite) as folder:
         written = _write_tensors(source, mapping, folder, dtype, max_shard_bytes)
         if target == "dsmoe":
             _copy_code(folder)
         save_huggingface(tokenizer, folder)
-        _write_text(folder / "config.json", json.dumps(exported_config, indent=2, sort_keys=True) + "\n")
-        _write_text(folder / "generation_config.json", json.dumps(_generation_config(tokenizer), indent=2) + "\n")
-        card = model_card(dataclasses.replace(config, model=model), progress, exported_config)
-        _write_text(folder / "README.md", card)
+        write_text(folder / "config.json", json.dumps(description, indent=2, sort_keys=True) + "\n")
+        write_text(folder / "generation_config.json", json.dumps(_generation_config(tokenizer), indent=2) + "\n")
+        card = model_card(dataclasses.replace(config, model=model), progress, description)
+        write_text(folder / "README.md", card)
+        for file in folder.iterdir():
+            sync(file)
     return written
 
 
@@ -126,14 +103,6 @@ def _vocab_size(model: ModelConfig, tokenizer: Tokenizer) -> int:
         rule = f"is below the {tokenizer.vocab_size} tokens of {tokenizer.spec}: not the tokenizer of this run"
         raise ConfigurationError("model.vocab_size", model.vocab_size, rule)
     return model.vocab_size
-
-
-def _is_llama(model: ModelConfig) -> bool:
-    """Whether transformers' own Llama is this very architecture."""
-    plain = not model.has_attention_router and not model.has_mlp_router
-    llama_mlp = model.gated_mlp and model.hidden_act == "silu" and model.norm_type == "rmsnorm"
-    # LlamaConfig refuses a hidden size that its heads do not divide
-    return plain and llama_mlp and model.hidden_size % model.num_attention_heads == 0
 
 
 def _policy(model: ModelConfig, options: dict[str, Any]) -> ExpertPolicy:
@@ -159,33 +128,6 @@ def _policy(model: ModelConfig, options: dict[str, Any]) -> ExpertPolicy:
     return policy
 
 
-def _exported_config(
-    model: ModelConfig, policy: ExpertPolicy, tokenizer: Tokenizer, dtype: torch.dtype, target: Target
-) -> dict[str, Any]:
-    """config.json, checked by the class that will read it."""
-    from transformers import LlamaConfig
-
-    from dsmoe_megatron.inference.configuration_dsmoe import DSMoEConfig
-
-    shared = {key: getattr(model, key) for key in SHARED_KEYS}
-    shared |= {
-        "vocab_size": model.vocab_size,
-        "rope_parameters": dataclasses.asdict(model.rope_parameters),
-        # documents follow an end-of-document token in training, so it also begins a text
-        "bos_token_id": tokenizer.end_of_document_id,
-        "eos_token_id": tokenizer.end_of_document_id,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    if target == "llama":
-        values = {**shared, "intermediate_size": model.intermediate_size}
-        return {**LlamaConfig(**values).to_diff_dict(), **values, "architectures": ["LlamaForCausalLM"]}
-    own = {key: getattr(model, key) for key in DSMOE_KEYS}
-    # norm_topk_prob: readers of mixture-of-experts configurations take its absence for true
-    values = {**shared, **own, **dataclasses.asdict(policy), "norm_topk_prob": False}
-    description = {"architectures": ["DSMoEForCausalLM"], "auto_map": AUTO_MAP}
-    return {**DSMoEConfig(**values).to_diff_dict(), **values, **description}
-
-
 def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     end = tokenizer.end_of_document_id
     # a batch is padded with it; the model's own configuration has no padding token, which would freeze an embedding
@@ -207,48 +149,74 @@ def _check_source(source: DistributedCheckpoint, mapping: TensorMapping) -> None
         raise CheckpointError(f"{source.folder} has unknown {', '.join(sorted(unknown))}: not a model's checkpoint")
 
 
+@dataclass(frozen=True)
+class Shard:
+    """What one safetensors file is made of.
+
+    Args:
+        sources: rules, each with its layer; what comes of one Megatron tensor stays together.
+        shapes: of the exported tensors, in the same order.
+    """
+
+    sources: list[tuple[TensorRule, int | None]] = dataclasses.field(default_factory=list)
+    shapes: dict[str, Shape] = dataclasses.field(default_factory=dict)
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        return dtype.itemsize * sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+
 def _write_tensors(
     source: DistributedCheckpoint, mapping: TensorMapping, folder: Path, dtype: torch.dtype, max_shard_bytes: int
 ) -> int:
-    """Shard by shard: read, convert, write, forget. Returns the number of tensors."""
-    shards = list(_plan_shards(mapping, dtype.itemsize, max_shard_bytes))
+    """Tensor by tensor: read, convert, write, forget. Returns the number of tensors."""
+    shards = list(_plan_shards(mapping, dtype, max_shard_bytes))
+    all_exported = _read_ahead(source, [each for shard in shards for each in shard.sources], dtype)
+    total_bytes = sum(shard.nbytes(dtype) for shard in shards)
     weight_map: dict[str, str] = {}
-    total_bytes = 0
-    for number, shard in enumerate(shards, start=1):
-        several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        file_name = several if len(shards) > 1 else "model.safetensors"
-        tensors: dict[str, Tensor] = {}
-        for rule, layer in shard:
-            exported = rule.to_exported(source.read(rule.megatron, layer), layer)
-            # copies: parts of one source share its memory, which safetensors refuses
-            tensors |= {name: tensor.to(dtype, copy=True) for name, tensor in exported.items()}
-        save_file(tensors, folder / file_name, metadata={"format": "pt"})
-        # safetensors lets nobody but the owner read it; the folder's mode carries the user's umask
-        (folder / file_name).chmod(folder.stat().st_mode & 0o666)
-        _sync(folder / file_name)
-        weight_map |= dict.fromkeys(tensors, file_name)
-        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    # no bar where nobody watches it
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="export", disable=not sys.stderr.isatty()) as bar:
+        for number, shard in enumerate(shards, start=1):
+            several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            file_name = several if len(shards) > 1 else "model.safetensors"
+            with StreamedFile(folder / file_name, shard.shapes, dtype) as file:
+                for exported in itertools.islice(all_exported, len(shard.sources)):
+                    for name, tensor in exported.items():
+                        file.add(name, tensor)
+                        bar.update(tensor.nbytes)
+            weight_map |= dict.fromkeys(shard.shapes, file_name)
     check_names(weight_map, mapping.exported_shapes(), str(folder))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        _write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return len(weight_map)
 
 
-def _plan_shards(
-    mapping: TensorMapping, bytes_per_element: int, max_shard_bytes: int
-) -> Iterator[list[tuple[TensorRule, int | None]]]:
-    """Rules in the model's order, as many per shard as fit; what comes of one source tensor stays together."""
-    shard: list[tuple[TensorRule, int | None]] = []
-    size = 0
+def _read_ahead(
+    source: DistributedCheckpoint, sources: Sequence[tuple[TensorRule, int | None]], dtype: torch.dtype
+) -> Iterator[dict[str, Tensor]]:
+    """The exported tensors of each source; a thread reads the next ones while these are written."""
+
+    def read(rule: TensorRule, layer: int | None) -> dict[str, Tensor]:
+        return rule.to_exported(source.read(rule.megatron, layer, dtype), layer)
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        ahead = thread.submit(read, *sources[0])
+        for rule, layer in sources[1:]:
+            exported, ahead = ahead.result(), thread.submit(read, rule, layer)
+            yield exported
+        yield ahead.result()
+
+
+def _plan_shards(mapping: TensorMapping, dtype: torch.dtype, max_shard_bytes: int) -> Iterator[Shard]:
+    """Rules in the model's order, as many per shard as fit."""
+    shard = Shard()
     for rule, layer in mapping:
-        shapes = rule.exported_shapes(layer).values()
-        added = bytes_per_element * sum(torch.Size(shape).numel() for shape in shapes)
-        if shard and size + added > max_shard_bytes:
+        added = Shard([(rule, layer)], rule.exported_shapes(layer))
+        if shard.sources and shard.nbytes(dtype) + added.nbytes(dtype) > max_shard_bytes:
             yield shard
-            shard, size = [], 0
-        shard.append((rule, layer))
-        size += added
+            shard = Shard()
+        shard.sources.extend(added.sources)
+        shard.shapes.update(added.shapes)
     yield shard
 
 
@@ -257,40 +225,7 @@ def _copy_code(folder: Path) -> None:
 
     code = Path(dsmoe_megatron.inference.__file__).parent
     for name in CODE_FILES:
-        _write_text(folder / name, (code / name).read_text(encoding="utf-8"))
-
-
-@contextmanager
-def _whole_or_nothing(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `output` that takes its place at the end, and goes if anything fails."""
-    output = output.absolute()
-    occupied = output.exists() and not (output.is_dir() and not any(output.iterdir()))
-    if occupied and not overwrite:
-        raise ConfigurationError("--output", str(output), "is already there; name another folder or give --overwrite")
-    if occupied and not (output / "config.json").is_file():
-        raise ConfigurationError("--output", str(output), "is not an export, so --overwrite does not remove it")
-    folder, replaced = (output.with_name(f"{output.name}.{suffix}-{os.getpid()}") for suffix in ("tmp", "old"))
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        if output.exists():
-            output.rename(replaced)
-        folder.rename(output)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {output}: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+        write_text(folder / name, (code / name).read_text(encoding="utf-8"))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -314,6 +249,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--attention-threshold", dest="attention_expert_threshold", type=float, metavar="EPS", help="of the attention"
     )
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the tensors; default: the run's precision")
+    parser.add_argument(
+        "--format",
+        choices=get_args(Format),
+        default="auto",
+        help="auto: this package's own, or Llama for a dense baseline that is one; qwen2_moe: for engines that know it",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is already there")
     return parser
 
@@ -324,7 +265,14 @@ def main() -> None:
     options = {name: value for name, value in arguments.items() if name in names and value is not None}
     dtype = DTYPES[arguments["dtype"]] if arguments["dtype"] else None
     try:
-        written = export(arguments["checkpoint"], arguments["output"], options, dtype, arguments["overwrite"])
+        written = export(
+            arguments["checkpoint"],
+            arguments["output"],
+            options,
+            dtype,
+            arguments["overwrite"],
+            wanted_format=arguments["format"],
+        )
     except DSMoEError as error:
         exit_with(error, "export_hf")
     print(f"{arguments['output']}: {written} tensors, whole", file=sys.stderr)

@@ -2,16 +2,21 @@
 
     python checkpoints_tools/generate.py --model DIR --prompt "def main(" [--policies dense topk threshold]
 
-Needs transformers only: the model's code travels with the export.
+The model's own code, which travels with the export, is what runs.
 """
 
 import json
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError, exit_with
+
 PREFILL_REPEATS = 3
+SHOWN_CHARACTERS = 60  # of a prompt that is refused
 
 
 def generate(
@@ -29,20 +34,22 @@ def generate(
 
     Returns:
         Per policy: policy, text, decode_tokens_per_s and prefill_tokens_per_s.
+
+    Raises:
+        CheckpointError: the folder is no export, or its weights do not fit its configuration.
+        ConfigurationError: the prompt is empty or too long, or a policy does not fit the model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, trust_remote_code=True).eval()
-    inputs = tokenizer(prompt, return_tensors="pt")
+    tokenizer, model = _load(model_folder)
     length = model.config.max_position_embeddings
+    inputs = tokenizer(prompt, return_tensors="pt")
+    _check_lengths(prompt, inputs.input_ids.shape[1], max_new_tokens, length)
     window = inputs.input_ids.repeat(1, length // inputs.input_ids.shape[1] + 1)[:, :length]
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     results = []
     for policy in policies:
-        if hasattr(model, "set_policy"):
-            model.set_policy(policy)
+        _set_policy(model, policy)
         with torch.no_grad():
             model(window)  # warm up
             started = time.perf_counter()
@@ -64,6 +71,48 @@ def generate(
     return results
 
 
+def _load(folder: str) -> tuple[Any, Any]:
+    """Tokenizer and model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    if not sys.stderr.isatty():  # no bar where nobody watches it
+        disable_progress_bar()
+    if not Path(folder, "config.json").is_file():
+        raise CheckpointError(f"{folder}: has no config.json: is it an export?")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        return tokenizer, AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    except Exception as error:  # transformers and safetensors have many
+        raise CheckpointError(f"{folder}: cannot be loaded: {error}") from error
+
+
+def _check_lengths(prompt: str, tokens: int, max_new_tokens: int, positions: int) -> None:
+    shown = prompt if len(prompt) <= SHOWN_CHARACTERS else f"{prompt[:SHOWN_CHARACTERS]}..."
+    if not tokens:
+        raise ConfigurationError("--prompt", shown, "has no tokens: give a text to continue")
+    if max_new_tokens < 1:
+        raise ConfigurationError("--max-new-tokens", max_new_tokens, "must be at least 1")
+    if tokens > positions:
+        rule = (
+            f"has {tokens:,} tokens, more than the {positions:,} (max_position_embeddings) that the model was made for"
+        )
+        raise ConfigurationError("--prompt", shown, rule)
+    if tokens + max_new_tokens > positions:
+        rule = f"with the prompt's {tokens:,} tokens more than the {positions:,} (max_position_embeddings): at most "
+        raise ConfigurationError("--max-new-tokens", max_new_tokens, rule + f"{positions - tokens:,} are left")
+
+
+def _set_policy(model: Any, policy: str) -> None:
+    """Models of other architectures have one way to compute, whatever the policy is called."""
+    if not hasattr(model, "set_policy"):
+        return
+    try:
+        model.set_policy(policy)
+    except ValueError as error:
+        raise ConfigurationError("--policies", policy, str(error)) from None
+
+
 def build_parser() -> ArgumentParser:
     """The command line."""
     parser = ArgumentParser(prog="generate.py", description="Generate text with an exported model")
@@ -79,14 +128,17 @@ def build_parser() -> ArgumentParser:
 
 def main() -> None:
     arguments = build_parser().parse_args()
-    results = generate(
-        arguments.model,
-        arguments.prompt,
-        arguments.policies,
-        arguments.max_new_tokens,
-        arguments.temperature,
-        arguments.seed,
-    )
+    try:
+        results = generate(
+            arguments.model,
+            arguments.prompt,
+            arguments.policies,
+            arguments.max_new_tokens,
+            arguments.temperature,
+            arguments.seed,
+        )
+    except DSMoEError as error:
+        exit_with(error, "generate")
     for result in results:
         if arguments.json:
             print(json.dumps(result))

@@ -71,8 +71,13 @@ def _introduction(model: ModelConfig, export: Mapping[str, Any]) -> str:
         return "A baseline without experts."
     return (
         f"Every expert was trained on every token; at inference only some of them compute ({PAPER}). "
-        f"This export's default policy is `{export['expert_policy']}`."
+        f"This export's {'default ' if 'expert_policy' in export else ''}policy is `{_policy(export)}`."
     )
+
+
+def _policy(export: Mapping[str, Any]) -> str:
+    # other architectures have experts per token, and no name for it
+    return str(export.get("expert_policy", "topk" if "num_experts_per_tok" in export else "dense"))
 
 
 def _usage(model: ModelConfig, export: Mapping[str, Any]) -> str:
@@ -112,8 +117,8 @@ def _architecture_rows(model: ModelConfig, export: Mapping[str, Any]) -> Iterato
     yield "Parameters without embeddings", f"{count.total_without_embeddings:,}"
     if count.total is not None:
         yield "Parameters in training, embeddings included", f"{count.total:,}"
-    if export.get("expert_policy") == "topk":
-        attention = export["attention_experts_per_tok"] or model.num_attention_experts
+    if _policy(export) == "topk":
+        attention = export.get("attention_experts_per_tok") or model.num_attention_experts
         active = active_parameters(model, export["num_experts_per_tok"] or model.num_experts, attention)
         yield "Active per token under the default policy", f"{active:,.0f}"
     yield "Layers", f"{model.num_hidden_layers}"

@@ -400,6 +400,25 @@ class DSMoEPreTrainedModel(PreTrainedModel):
         requested = PER_EXPERT if requested_experts is None else requested_experts
         return cast(str, super().get_correct_experts_implementation(requested))
 
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """Refuse weights that are not exactly the model's; transformers would report them and initialise the missing.
+
+        Raises:
+            ValueError: tensors are missing, left over or of another shape, whatever ignore_mismatched_sizes says.
+        """
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        shapes = [f"{name} {tuple(found)}, not {tuple(own)}" for name, found, own in loading_info.mismatched_keys]
+        faults = {
+            "lacks": loading_info.missing_keys,
+            "has unknown": loading_info.unexpected_keys,
+            "has other shapes:": shapes,
+        }
+        found = [f"{what} {', '.join(sorted(names))}" for what, names in faults.items() if names]
+        if found:
+            for names in (loading_info.missing_keys, loading_info.unexpected_keys, loading_info.mismatched_keys):
+                names.clear()  # else transformers' own report takes the place of this line
+            raise ValueError(f"the checkpoint {' and '.join(found)}: it does not fit its configuration")
+
     def set_policy(
         self,
         expert_policy: PolicyName,
@@ -437,6 +456,8 @@ class DSMoEPreTrainedModel(PreTrainedModel):
 
 class DSMoEModel(DSMoEPreTrainedModel):
     """The decoder without its output layer."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]  # noqa: RUF012 (an export has the output layer)
 
     def __init__(self, config: DSMoEConfig) -> None:
         super().__init__(config)

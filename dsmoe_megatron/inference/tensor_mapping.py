@@ -24,6 +24,9 @@ from torch import Tensor
 from dsmoe_megatron.errors import CheckpointError
 
 Shape = tuple[int, ...]
+Target = Literal["dsmoe", "llama", "qwen2_moe"]
+SHARED_EXPERT_UNITS = 64
+"""Hidden units of the shared expert that every Qwen2-MoE has: small, and whole under any usual tensor parallelism."""
 
 
 class Architecture(Protocol):
@@ -113,7 +116,8 @@ class TensorMapping:
         vocab_size: rows of the exported embedding.
         padded_vocab_size: rows of Megatron's; those past vocab_size are cut, and zero on the way back.
         expert_training: `sparse` for the sparse-trained baseline, built of megatron-core's MoELayer.
-        target: `dsmoe`, or `llama` for a dense baseline that is one (grouped-query attention, one gated MLP).
+        target: `dsmoe`; `llama` for a dense baseline that is one (grouped-query attention, one gated MLP); `qwen2_moe`
+            for grouped-query attention and gated experts, in the layout of that architecture's files.
     """
 
     def __init__(
@@ -122,20 +126,23 @@ class TensorMapping:
         vocab_size: int,
         padded_vocab_size: int,
         expert_training: Literal["dense", "sparse"] = "dense",
-        target: Literal["dsmoe", "llama"] = "dsmoe",
+        target: Target = "dsmoe",
     ) -> None:
         self.num_layers = config.num_hidden_layers
+        attention_rules = _attention_rules(config)
         if target == "llama":
             mlp_rules = _llama_mlp_rules(config)
         elif expert_training == "sparse":
             mlp_rules = _sparse_trained_mlp_rules(config)
         else:
             mlp_rules = _dense_trained_mlp_rules(config)
+        if target == "qwen2_moe":
+            attention_rules, mlp_rules = _qwen2_moe_rules(config, attention_rules, mlp_rules)
         vocabulary = (vocab_size, padded_vocab_size, config.hidden_size)
         self.first = [_vocabulary_rule("embedding.word_embeddings.weight", "model.embed_tokens.weight", *vocabulary)]
         self.per_layer = [
             *_norm_rules(config, "decoder.layers.input_layernorm", "model.layers.{layer}.input_layernorm"),
-            *_attention_rules(config),
+            *attention_rules,
             *_norm_rules(config, "decoder.layers.pre_mlp_layernorm", "model.layers.{layer}.post_attention_layernorm"),
             *mlp_rules,
         ]
@@ -369,3 +376,67 @@ def _llama_mlp_rules(config: Architecture) -> list[TensorRule]:
         ),
         _renamed(f"{megatron}.linear_fc2.weight", f"{exported}.down_proj.weight", (hidden_size, units)),
     ]
+
+
+def _qwen2_moe_rules(
+    config: Architecture, attention_rules: list[TensorRule], mlp_rules: list[TensorRule]
+) -> tuple[list[TensorRule], list[TensorRule]]:
+    """One file entry per expert and projection, and zeros for what that architecture has besides: biases of query, key
+    and value, and a shared expert with its gate."""
+    attention, mlp = "model.layers.{layer}.self_attn", "model.layers.{layer}.mlp"
+    query_width, key_width = (
+        heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    biases = {
+        f"{attention}.q_proj.bias": (query_width,),
+        f"{attention}.k_proj.bias": (key_width,),
+        f"{attention}.v_proj.bias": (key_width,),
+    }
+    inner, hidden_size = SHARED_EXPERT_UNITS, config.hidden_size
+    shared_expert = {
+        f"{mlp}.shared_expert.gate_proj.weight": (inner, hidden_size),
+        f"{mlp}.shared_expert.up_proj.weight": (inner, hidden_size),
+        f"{mlp}.shared_expert.down_proj.weight": (hidden_size, inner),
+        f"{mlp}.shared_expert_gate.weight": (1, hidden_size),
+    }
+    qkv, *others = attention_rules
+    router, up, down = mlp_rules
+    mlp_rules = [
+        _with_zeros(router, shared_expert),
+        _expert_by_expert(up, ("gate", "up")),
+        _expert_by_expert(down, ("down",)),
+    ]
+    return [_with_zeros(qkv, biases), *others], mlp_rules
+
+
+def _with_zeros(rule: TensorRule, zeros: Mapping[str, Shape]) -> TensorRule:
+    """The rule, with tensors that stand for nothing of Megatron's."""
+    count = len(rule.exported)
+
+    def backward(parts: Sequence[Tensor]) -> Tensor:
+        for name, part in zip(zeros, parts[count:], strict=True):
+            if part.count_nonzero():
+                raise CheckpointError(f"{name.split('{layer}.')[-1]} is not zero, and this system has nothing like it")
+        return rule.backward(parts[:count])
+
+    return TensorRule(
+        rule.megatron,
+        rule.megatron_shape,
+        {**rule.exported, **zeros},
+        lambda tensor: [*rule.forward(tensor), *(tensor.new_zeros(shape) for shape in zeros.values())],
+        backward,
+    )
+
+
+def _expert_by_expert(rule: TensorRule, projections: Sequence[str]) -> TensorRule:
+    """The rule of one tensor [N, projections x rows, columns], as a tensor per expert and projection."""
+    ((name, (experts, rows, columns)),) = rule.exported.items()
+    prefix, each = name.rsplit(".", 1)[0], (rows // len(projections), columns)
+    shapes = {f"{prefix}.{expert}.{part}_proj.weight": each for expert in range(experts) for part in projections}
+    return TensorRule(
+        rule.megatron,
+        rule.megatron_shape,
+        shapes,
+        lambda tensor: list(rule.forward(tensor)[0].reshape(-1, *each)),
+        lambda parts: rule.backward([torch.stack(list(parts)).reshape(experts, rows, columns)]),
+    )

@@ -1,11 +1,10 @@
 """Export: a distributed checkpoint in pieces becomes a folder that transformers loads, with the reference's logits."""
 
-import io
 import json
-import pickle
+import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,131 +12,17 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
 from checkpoints_tools.export_hf import export, main
-from dsmoe_megatron.config import Config, DataConfig, ModelConfig, TrainConfig
-from dsmoe_megatron.config_parsing import save_config
-from dsmoe_megatron.errors import CheckpointError, ConfigurationError
-from dsmoe_megatron.inference.tensor_mapping import TensorMapping
-from tests import reference_model as reference
-
-ARCHITECTURE = reference.ReferenceConfig(vocab_size=257, hidden_size=16, head_dim=8, moe_intermediate_size=8)
-GQA = replace(ARCHITECTURE, attention_type="gqa", num_attention_experts=1, num_attention_heads=2, num_key_value_heads=1)
-LLAMA = replace(GQA, num_experts=1, hidden_act="silu", gated_mlp=True)
-
-
-class InPieces(dcp.DefaultSavePlanner):
-    """Saves as a tensor-parallel run of megatron-core: layer by layer, the next axis in halves; bytes as objects."""
-
-    def create_local_plan(self) -> SavePlan:
-        items = []
-        for name, tensor in self.state_dict.items():
-            if not isinstance(tensor, Tensor):
-                items.append(WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO))
-                continue
-            axes = [[(0, 1)] if size < 2 else [(0, size // 2), (size // 2, size)] for size in tensor.shape[:2]]
-            if name.startswith("decoder.layers"):
-                axes[0] = [(layer, layer + 1) for layer in range(tensor.shape[0])]
-            grid = torch.cartesian_prod(*[torch.arange(len(axis)) for axis in axes]).view(-1, len(axes)).tolist()
-            for place in grid:
-                spans = [axis[index] for axis, index in zip(axes, place, strict=True)]
-                offsets = [start for start, _ in spans] + [0] * (tensor.dim() - len(spans))
-                sizes = [end - start for start, end in spans] + list(tensor.shape[len(spans) :])
-                chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-                data = TensorWriteData(chunk, TensorProperties.create_from_tensor(tensor), tensor.size())
-                items.append(WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data))
-        self.plan = SavePlan(items, planner_data={})
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        tensor: Tensor | io.BytesIO = self.state_dict[write_item.index.fqn]
-        if isinstance(tensor, io.BytesIO):
-            return tensor
-        assert write_item.tensor_data is not None
-        chunk = write_item.tensor_data.chunk
-        for axis, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-            tensor = tensor.narrow(axis, offset, size)
-        return tensor.clone()
-
-
-@dataclass
-class Run:
-    """A run folder with one checkpoint, and the tensors that its export must have."""
-
-    folder: Path
-    step_folder: Path
-    architecture: reference.ReferenceConfig
-    tensors: dict[str, Tensor]
-
-    def logits(self, ids: Tensor, policy: str, **limits: Any) -> Tensor:
-        rules = reference.ReferencePolicy(policy, **limits)
-        return reference.reference_forward(self.architecture, self.tensors, ids, rules).logits
-
-
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """256 bytes and an end-of-document token."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
-    return folder
-
-
-def make_run(
-    folder: Path,
-    tokenizer: Path,
-    architecture: reference.ReferenceConfig,
-    extra: dict[str, Any] | None = None,
-    **model: Any,
-) -> Run:
-    names = {"rope_theta", "vocab_size"}
-    section = ModelConfig(
-        **{name: value for name, value in vars(architecture).items() if name not in names}, vocab_size=257, **model
-    )
-    config = Config(
-        model=section,
-        data=DataConfig(tokenizer=str(tokenizer)),
-        train=TrainConfig(run_dir=str(folder), precision="fp32"),
-    )
-    tensors = reference.random_tensors(architecture, dtype=torch.float32)
-    mapping = TensorMapping(section, 257, section.padded_vocab_size, section.expert_training)
-    megatron = mapping.to_megatron(tensors)
-    megatron["optimizer.state.exp_avg.decoder.final_layernorm.weight"] = torch.zeros(16)
-
-    step_folder = folder / "checkpoints" / "step_00000007"
-    layer_object = {"decoder.layers.mlp.linear_fc1._extra_state/shard_0_2": io.BytesIO(b"scales")}
-    planner = InPieces()
-    dcp.save({**megatron, **layer_object, **(extra or {})}, checkpoint_id=step_folder, planner=planner, no_dist=True)
-    contents = pickle.loads((step_folder / ".metadata").read_bytes())
-    contents.all_local_plans = [planner.plan]  # as megatron-core adds it
-    (step_folder / ".metadata").write_bytes(pickle.dumps(contents))
-    save_config(config, step_folder / "config.yaml")
-    policies = {
-        "dense": {"perplexity": 10.44, "active_share": 1.0},
-        "topk": {"perplexity": 12.3456, "active_share": 0.512},
-    }
-    validation = {"step": 7, "validation_loss": 2.3456789, "policies": policies}
-    progress = {"step": 7, "consumed_samples": 56, "tokens": 1792, "last_validation": validation}
-    (step_folder / "progress.json").write_text(json.dumps(progress))
-    (folder / "latest").write_text("step_00000007\n")
-    return Run(folder, step_folder, architecture, tensors)
+from dsmoe_megatron.errors import ConfigurationError
+from tests.made_up_runs import ARCHITECTURE, GQA, LLAMA, QWEN, Run, make_run, token_ids
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Run:
     return make_run(tmp_path_factory.mktemp("run"), tokenizer_folder, ARCHITECTURE)
-
-
-def token_ids() -> Tensor:
-    return torch.randint(0, 257, (2, 9), generator=torch.Generator().manual_seed(5))
 
 
 def load(folder: Path) -> Any:
@@ -248,76 +133,74 @@ def test_a_dense_baseline_that_is_a_llama_is_exported_as_one(tmp_path: Path, tok
         export(llama.folder, tmp_path / "no", {"num_experts_per_tok": 2})
 
 
+@pytest.mark.parametrize("training", ["dense", "sparse"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_qwen2_moe_computes_the_same(tmp_path: Path, tokenizer_folder: Path, training: Any, tied: bool) -> None:
+    """Loaded as transformers' own architecture, without code of ours, against ours under topk."""
+    architecture = replace(QWEN, tie_word_embeddings=tied, rope_theta=500.0)
+    run = make_run(tmp_path / "run", tokenizer_folder, architecture, expert_training=training)
+    options = {"expert_policy": "topk", "num_experts_per_tok": 2}
+    export(run.folder, tmp_path / "ours", options)
+
+    export(run.folder, tmp_path / "qwen", options, wanted_format="qwen2_moe", max_shard_bytes=20_000)
+
+    ours, qwen = load(tmp_path / "ours"), AutoModelForCausalLM.from_pretrained(tmp_path / "qwen").eval()
+    assert type(qwen).__name__ == "Qwen2MoeForCausalLM"
+    assert not list((tmp_path / "qwen").glob("*.py"))
+    ids = token_ids()
+    torch.testing.assert_close(qwen(ids).logits, ours(ids).logits, rtol=1e-5, atol=1e-6)
+    expected = run.logits(ids, "topk", num_experts_per_tok=2)
+    torch.testing.assert_close(qwen(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(qwen.generate(ids, **greedy), ours.generate(ids, **greedy))
+    assert "policy is `topk`" in (tmp_path / "qwen" / "README.md").read_text() or training == "sparse"
+
+
 @pytest.mark.parametrize(
-    ("extra", "units", "message"),
+    ("architecture", "options", "message"),
     [
-        (
-            {"decoder.layers.mlp.linear_fc1.bias": torch.zeros(2, 40)},
-            8,
-            r"has unknown decoder\.layers\.mlp\.linear_fc1\.b",
-        ),
-        ({"replay_buffer": io.BytesIO(b"?")}, 8, r"has unknown replay_buffer"),
-        ({}, 16, r"linear_fc1\.weight has shape \(2, 40, 16\), but its configuration makes it \(2, 80, 16\)"),
+        (ARCHITECTURE, {}, "model.attention_type = 'moa': "),
+        (replace(QWEN, num_experts=1), {}, "model.num_experts = 1: "),
+        (replace(QWEN, gated_mlp=False), {}, "model.gated_mlp = False: "),
+        (replace(QWEN, hidden_act="gelu"), {}, "model.hidden_act = 'gelu': "),
+        (replace(QWEN, router_type="mlp"), {}, "model.router_type = 'mlp': "),
+        (replace(QWEN, norm_type="layernorm"), {}, "model.norm_type = 'layernorm': "),
+        (replace(QWEN, head_dim=8), {}, "model.head_dim = 8: "),
+        (QWEN, {"expert_policy": "threshold"}, "expert_policy = 'threshold': Qwen2-MoE knows only topk"),
+        (QWEN, {"expert_policy": "dense"}, "expert_policy = 'dense': "),
+        (QWEN, {"expert_policy_layers": [{"mlp": {"k": 1}}, {"mlp": {"k": 2}}]}, "one K for all layers"),
     ],
 )
-def test_what_does_not_fit_is_named_and_nothing_is_left(
-    tmp_path: Path, tokenizer_folder: Path, extra: dict[str, Any], units: int, message: str
+def test_what_qwen2_moe_has_not_is_named(
+    tmp_path: Path, tokenizer_folder: Path, architecture: Any, options: dict[str, Any], message: str
 ) -> None:
-    run = make_run(tmp_path / "run", tokenizer_folder, ARCHITECTURE, extra)
-    recipe = run.step_folder / "config.yaml"
-    recipe.write_text(recipe.read_text().replace("moe_intermediate_size: 8", f"moe_intermediate_size: {units}"))
+    run = make_run(tmp_path / "run", tokenizer_folder, architecture)
+    if architecture.num_experts > 1:
+        options = {"expert_policy": "topk", "num_experts_per_tok": 2, **options}
 
-    with pytest.raises(CheckpointError, match=message):
-        export(run.folder, tmp_path / "export")
+    with pytest.raises(ConfigurationError) as refusal:
+        export(run.folder, tmp_path / "export", options, wanted_format="qwen2_moe")
 
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_damaged_piece_is_named_and_nothing_is_left(tmp_path: Path, tokenizer_folder: Path) -> None:
-    run = make_run(tmp_path / "run", tokenizer_folder, ARCHITECTURE)
-    piece = next(run.step_folder.glob("*.distcp"))
-    piece.write_bytes(piece.read_bytes()[: piece.stat().st_size // 2])
-
-    with pytest.raises(CheckpointError, match=r"cannot be read: "):
-        export(run.folder, tmp_path / "export")
-
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_a_table_of_contents_cannot_run_code(tmp_path: Path, tokenizer_folder: Path) -> None:
-    run = make_run(tmp_path / "run", tokenizer_folder, ARCHITECTURE)
-    trace = tmp_path / "trace"
-
-    class Attack:
-        def __reduce__(self) -> tuple[Any, tuple[str]]:
-            import os
-
-            return os.system, (f"touch {trace}",)
-
-    (run.step_folder / ".metadata").write_bytes(pickle.dumps(Attack()))
-
-    with pytest.raises(CheckpointError, match=r"refers to posix\.system"):
-        export(run.folder, tmp_path / "export")
-    assert not trace.exists()
-
-
-def test_an_existing_folder_is_kept_unless_told(run: Run, tmp_path: Path) -> None:
-    output = tmp_path / "export"
-    export(run.folder, output)
-    (output / "mark").touch()
-    strange = tmp_path / "strange"
-    strange.mkdir()
-    (strange / "thesis.tex").touch()
-
-    with pytest.raises(ConfigurationError, match="is already there"):
-        export(run.folder, output)
-    with pytest.raises(ConfigurationError, match="is not an export"):
-        export(run.folder, strange, overwrite=True)
-    assert (output / "mark").exists()
-    export(run.folder, output, overwrite=True)
-
-    assert not (output / "mark").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "strange"]
+def test_pieces_of_any_form_and_type_come_to_the_same(run: Run, tmp_path: Path) -> None:
+    """Whole stacked tensors as one piece, saved in bfloat16 or float32 and exported as the other."""
+    saved = DistributedCheckpoint(run.step_folder)
+    tensors = {name: saved.read(name) for name in saved.tensor_shapes}
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(dtype) / "step"
+        dcp.save({name: tensor.to(dtype) for name, tensor in tensors.items()}, checkpoint_id=folder, no_dist=True)
+        for name in ("config.yaml", "progress.json"):
+            shutil.copy(run.step_folder / name, folder / name)
+        for exported in (torch.float32, torch.bfloat16):
+            output = tmp_path / f"{dtype} {exported}"
+            export(folder, output, dtype=exported)
+            written = load_file(output / "model.safetensors")
+            assert written.keys() == run.tensors.keys()
+            assert all(torch.equal(written[name], run.tensors[name].to(dtype).to(exported)) for name in written)
 
 
 def test_the_command_line_reaches_the_export(run: Run, tmp_path: Path) -> None:

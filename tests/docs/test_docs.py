@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints_tools import export_hf
+from checkpoints_tools import export_hf, generate
+from checkpoints_tools import verify as verify_export
 from data_tools import blend, collect_local_corpus, inspect_dataset, preprocess, train_tokenizer, verify
 from docs.examples import clean_corpus
 from dsmoe_megatron.config_parsing import parse_config
@@ -27,6 +28,8 @@ PROGRAMS = {
     "data_tools/inspect_dataset.py": inspect_dataset.build_parser(),
     "data_tools/blend.py": blend.build_parser(),
     "checkpoints_tools/export_hf.py": export_hf.build_parser(),
+    "checkpoints_tools/generate.py": generate.build_parser(),
+    "checkpoints_tools/verify.py": verify_export.build_parser(),
     "docs/examples/clean_corpus.py": clean_corpus.build_parser(),
 }
 

@@ -1,0 +1,59 @@
+"""The generate command refuses prompts and models that it cannot serve, in one line."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoints_tools.export_hf import export
+from checkpoints_tools.generate import generate, main
+from dsmoe_megatron.errors import CheckpointError, ConfigurationError
+from tests.made_up_runs import ARCHITECTURE, make_run
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> str:
+    folder = tmp_path_factory.mktemp("generate")
+    run = make_run(folder / "run", tokenizer_folder, ARCHITECTURE, max_position_embeddings=24)
+    export(run.folder, folder / "export")
+    return str(folder / "export")
+
+
+def test_a_prompt_that_just_fits_is_continued(exported: str) -> None:
+    (result,) = generate(exported, "x" * 20, ["threshold"], max_new_tokens=4, temperature=0.0, seed=1)
+
+    assert result["text"].startswith("x" * 20)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new_tokens", "message"),
+    [
+        ("", 4, "--prompt = '': has no tokens"),
+        ("x" * 25, 4, "has 25 tokens, more than the 24"),
+        ("x" * 20, 5, r"--max-new-tokens = 5: with the prompt's 20 tokens more than the 24 .*: at most 4 are left"),
+        ("x", 0, "--max-new-tokens = 0: must be at least 1"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_refused(exported: str, prompt: str, new_tokens: int, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        generate(exported, prompt, ["dense"], new_tokens, temperature=0.0, seed=1)
+
+
+def test_a_policy_and_a_folder_that_are_none_are_refused(exported: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="--policies = 'best': expert_policy = 'best': must be one of"):
+        generate(exported, "x", ["best"], 4, temperature=0.0, seed=1)
+    with pytest.raises(CheckpointError, match=r"has no config\.json: is it an export"):
+        generate(str(tmp_path), "x", ["dense"], 4, temperature=0.0, seed=1)
+
+
+def test_a_refusal_is_one_line(
+    exported: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate", "--model", exported, "--prompt", ""])
+
+    with pytest.raises(SystemExit) as end:
+        main()
+
+    assert end.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert lines == ["generate: error: --prompt = '': has no tokens: give a text to continue"]
