@@ -193,7 +193,12 @@ def _read_export(folder: Path, model_class: Any, dtype: torch.dtype | None) -> A
     """Only safetensors are read, and every tensor must be there, once, with the shape of the configuration."""
     try:
         model, report = model_class.from_pretrained(
-            folder, dtype=dtype or "auto", use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, by name
         )
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -62,6 +62,7 @@ def evaluate_tasks(
         raise ConfigurationError("--tasks", ", ".join(unknown), "lm-evaluation-harness knows no such task")
     model = HFLM(
         pretrained=loaded.model,
+        backend="causal",
         tokenizer=_huggingface_tokenizer(loaded),
         batch_size=batch_size,
         max_length=loaded.architecture.max_position_embeddings,

@@ -4,6 +4,7 @@ A run has one colour in all of them; a line style or marker tells kinds and poli
 """
 
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from dsmoe_megatron.reporting.records import Run
 COLOURS = ("#2563a8", "#d1662a", "#3c8d40", "#8e4b9e", "#a63d40", "#5f6b73", "#b08a1e", "#1f8a8a")
 MARKERS = {"dense": "*", "topk": "s", "threshold": "o", "threshold_topk": "^"}
 KINDS = {"attention": "attention experts", "mlp": "MLP experts"}
+LINE_STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 WIDTH, HEIGHT = 9.0, 3.6  # inches
 MOST_POINTS = 400  # of a curve; more are averaged
 STYLE = {
@@ -92,12 +94,15 @@ def sparse_perplexity(runs: Sequence[Run]) -> Figure | None:
             for axis, column in zip(axes, (0, 1), strict=True):
                 places = [(point[column], point[2]) for point in points if point[column] is not None]
                 line = "-" if len(places) > 1 else "none"
-                style = {"color": colour, "marker": MARKERS[rule], "markersize": 10 if rule == "dense" else 5}
+                style = {"color": colour, "marker": MARKERS[rule], "markersize": 10 if rule == "dense" else 5.5}
+                if not run.evaluations:  # hollow
+                    style["markerfacecolor"] = "white"
                 axis.plot(*_columns(places), linestyle=line, linewidth=1.2, **style)
     for rule in (rule for rule in MARKERS if rule in drawn):
         axes[0].plot([], [], color="black", linestyle="none", marker=MARKERS[rule], label=rule)
     for run, colour in _coloured(runs):
-        axes[0].plot([], [], color=colour, linewidth=4, label=run.name)
+        source = "" if run.evaluations else " (hollow: validation in training)"
+        axes[0].plot([], [], color=colour, linewidth=4, label=f"{run.name}{source}")
     axes[0].set_xlabel("active share of the parameters without embeddings [%]")
     axes[1].set_xlabel("active parameters without embeddings [millions]")
     for axis in axes:
@@ -106,24 +111,24 @@ def sparse_perplexity(runs: Sequence[Run]) -> Figure | None:
 
 
 def policies_in_training(runs: Sequence[Run]) -> Figure | None:
-    """How the perplexity of each policy comes down, a panel per run."""
-    runs_drawn = [(run, colour) for run, colour in _coloured(runs) if len(run.validation) > 1]
+    """What each sparse policy costs against the model as trained, a panel per run."""
+    runs_drawn = [run for run in runs if len(run.validation) > 1 and len(run.validation[-1]["policies"]) > 1]
     if not runs_drawn:
         return None
     figure, axes = _grid(len(runs_drawn), 2)
-    styles = ("-", "--", ":", "-.")
-    for axis, (run, _) in zip(axes, runs_drawn, strict=False):
-        names = list(dict.fromkeys(name for line in run.validation for name in line["policies"]))
+    for axis, run in zip(axes, runs_drawn, strict=True):
+        reference, *names = run.validation[-1]["policies"]
         for index, name in enumerate(names):
-            lines = [line for line in run.validation if name in line["policies"]]
-            points = [(line["step"], line["policies"][name]["perplexity"]) for line in lines]
-            style = {"color": COLOURS[index % len(COLOURS)], "linestyle": styles[index % len(styles)]}
-            _curve(axis, run, points, marker="o", markersize=3, label=name, **style)
+            lines = [line for line in run.validation if {name, reference} <= set(line["policies"])]
+            ratios = [
+                line["policies"][name]["perplexity"] / line["policies"][reference]["perplexity"] for line in lines
+            ]
+            points = [(line["step"], 100 * (ratio - 1)) for line, ratio in zip(lines, ratios, strict=True)]
+            style = {"color": COLOURS[index % len(COLOURS)], "linestyle": LINE_STYLES[index % len(LINE_STYLES)]}
+            _curve(axis, run, points, marker="o", markersize=3.5, label=name, **style)
+        axis.axhline(0, color="black", linewidth=0.8)
         axis.set_title(run.name)
-        axis.set_ylabel("validation perplexity")
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(ticker.ScalarFormatter())
-        axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+        axis.set_ylabel(f"perplexity against {reference} [%]")
         axis.legend()
     return _finish(figure, axes, legend=False)
 
@@ -134,12 +139,10 @@ def active_per_layer(runs: Sequence[Run]) -> Figure | None:
     for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
         for run, colour in _coloured(runs):
             _layer_line(axis, _routers(run, kind), color=colour, label=f"{run.name}, training")
-            styles = iter(("--", ":", "-.") * 20)
-            for name, figures in _evaluated(run):
-                if figures["policy"]["expert_policy"] in ("threshold", "threshold_topk"):
-                    routers = [router for router in figures["routers"] if router["kind"] == kind]
-                    style = next(styles)
-                    _layer_line(axis, routers, color=colour, linestyle=style, label=f"{run.name}, {name}")
+            styles = itertools.cycle(LINE_STYLES[1:])  # the first is the training's
+            for name, figures in _thresholds(run):
+                routers = [router for router in figures["routers"] if router["kind"] == kind]
+                _layer_line(axis, routers, color=colour, linestyle=next(styles), label=f"{run.name}, {name}")
         axis.set_title(title)
         axis.set_xlabel("layer")
         axis.set_ylabel("active experts per token")
@@ -152,10 +155,7 @@ def active_per_token(runs: Sequence[Run]) -> Figure | None:
     """Layer by layer, the share of tokens by number of active experts, under one threshold policy of each run."""
     panels = []
     for run in runs:
-        thresholds = [
-            (name, figures) for name, figures in _evaluated(run) if figures["policy"]["expert_policy"] == "threshold"
-        ]
-        if thresholds:
+        if thresholds := _thresholds(run):
             name, figures = thresholds[len(thresholds) // 2]
             panels += [
                 (f"{run.name}, {name}: {KINDS[kind]}", routers)
@@ -253,6 +253,10 @@ def _policy_points(run: Run) -> dict[str, list[tuple[float, float | None, float]
 def _evaluated(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
     for evaluation in run.evaluations:
         yield from evaluation["policies"].items()
+
+
+def _thresholds(run: Run) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, figures) for name, figures in _evaluated(run) if figures["policy"]["expert_policy"] == "threshold"]
 
 
 def _routers(run: Run, kind: str) -> list[dict[str, Any]]:

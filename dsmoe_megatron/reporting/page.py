@@ -21,6 +21,7 @@ svg { width: 100%; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #e4e6e8; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.names :is(th, td):nth-child(-n+3) { text-align: left; }
 thead th { border-bottom: 2px solid #9aa3aa; }
 .remarks { background: #fff6e0; padding: .5rem 1rem; border-left: 4px solid #d9a300; }
 """
@@ -42,10 +43,15 @@ SECTIONS = (
     ),
     Section(
         "Perplexity against active parameters",
-        "What sparse inference costs: each point is a policy, each line one way of choosing experts.",
+        "What sparse inference costs: each point is a policy, each line one way of choosing experts. Compare runs only"
+        " where they were measured on the same windows.",
         figures.sparse_perplexity,
     ),
-    Section("Perplexity by policy during training", "Of the validation in the loop.", figures.policies_in_training),
+    Section(
+        "Cost of sparse policies during training",
+        "How far the perplexity of each policy lies above that of the model as trained, in the validation in the loop.",
+        figures.policies_in_training,
+    ),
     Section(
         "Active experts per layer",
         "Mean number per token: at the recipe's threshold in the last logged steps of training, and under the"
@@ -115,8 +121,8 @@ def _table(runs: Sequence[Run]) -> str:
         ("training loss", [f"{run.training[-1]['lm_loss']:.4f}" if run.training else "" for run in runs]),
         ("validation loss, as trained", [_last_validation(run) for run in runs]),
         *(
-            (f"mutual-information loss, {kind}", [_last(run, f"mi_loss_{kind}") for run in runs])
-            for kind in figures.KINDS
+            (f"mutual-information loss, {title}", [_last(run, f"mi_loss_{kind}") for run in runs])
+            for kind, title in figures.KINDS.items()
         ),
         ("tokens per second, median", [_median_speed(run) for run in runs]),
     ]
@@ -136,13 +142,14 @@ def _policies(runs: Sequence[Run]) -> str:
                     "" if run.parameters is None else _number(values["active_share"] * run.parameters, 1e6, "M")
                 )
     header = ["run", "measured in", "policy", "perplexity", "active share", "active parameters"]
-    return _html_table(header, rows) if rows else ""
+    return _html_table(header, rows, "names") if rows else ""
 
 
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "figures") -> str:
+    """`kind` names: the first three columns are text."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
 def _number(value: float | None, unit: float, suffix: str) -> str:

@@ -131,7 +131,7 @@ def test_one_page_shows_everything_and_loads_nothing(tmp_path: Path) -> None:
         "Loss",
         "Mutual-information loss",
         "Perplexity against active parameters",
-        "Perplexity by policy during training",
+        "Cost of sparse policies during training",
         "Active experts per layer",
         "Active experts per token",
         "Active experts during training",
@@ -142,7 +142,6 @@ def test_one_page_shows_everything_and_loads_nothing(tmp_path: Path) -> None:
     assert page.pictures == len(page.headings) - 1
     for cell in ("3.2500", "3.0000", "-0.4000", "4,096", "40", "21.750", "40.0%", "threshold 0.48", "20.480"):
         assert cell in page.cells
-    # mean active experts of 20 tokens per row in the heat map's title
     assert "mine, threshold 0.48: MLP experts" in page.texts
 
 
@@ -158,7 +157,7 @@ def test_several_runs_share_the_axes(tmp_path: Path) -> None:
     text = page.texts
     for name in ("a/run", "b/run", "elsewhere"):
         assert name in page.cells
-        assert name in text
+        assert any(name in part for part in text)
     assert {"3.0000", "2.5000", "20.300"} <= set(page.cells)
 
 
