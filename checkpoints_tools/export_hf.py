@@ -29,6 +29,7 @@ from checkpoints_tools.whole_folder import sync, whole_folder, write_text
 from dsmoe_megatron.config import ModelConfig
 from dsmoe_megatron.config_parsing import load_config
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError, exit_with
+from dsmoe_megatron.evaluation.policies import read_policy_file
 from dsmoe_megatron.inference.policy import ExpertPolicy, PolicyError
 from dsmoe_megatron.inference.tensor_mapping import Shape, TensorMapping, TensorRule, check_names
 from dsmoe_megatron.run_folder import find_checkpoint, read_progress
@@ -248,6 +249,9 @@ def build_parser() -> argparse.ArgumentParser:
     policy.add_argument(
         "--attention-threshold", dest="attention_expert_threshold", type=float, metavar="EPS", help="of the attention"
     )
+    policy.add_argument(
+        "--policy-file", type=Path, metavar="FILE", help="the whole policy, as `evaluate --calibrate` saves it"
+    )
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the tensors; default: the run's precision")
     parser.add_argument(
         "--format",
@@ -265,6 +269,11 @@ def main() -> None:
     options = {name: value for name, value in arguments.items() if name in names and value is not None}
     dtype = DTYPES[arguments["dtype"]] if arguments["dtype"] else None
     try:
+        if arguments["policy_file"] is not None:
+            if options:
+                rule = "names the whole policy; leave the other policy options out"
+                raise ConfigurationError("--policy-file", str(arguments["policy_file"]), rule)
+            options = read_policy_file(arguments["policy_file"])
         written = export(
             arguments["checkpoint"],
             arguments["output"],

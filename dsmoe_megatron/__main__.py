@@ -87,6 +87,18 @@ def _estimate(arguments: Sequence[str]) -> None:
     print(report.json() if options.json else f"GPUs: {world_size} ({origin})\n{report.text}")
 
 
+def _evaluate(arguments: Sequence[str]) -> None:
+    from dsmoe_megatron.evaluation.command import evaluate
+
+    evaluate(arguments, f"{PROGRAM} evaluate")
+
+
+def _report(arguments: Sequence[str]) -> None:
+    from dsmoe_megatron.reporting.command import report
+
+    report(arguments, f"{PROGRAM} report")
+
+
 class Verb(NamedTuple):
     summary: str
     run: Callable[[Sequence[str]], None]
@@ -94,6 +106,10 @@ class Verb(NamedTuple):
 
 VERBS = {
     "pretrain": Verb("train a model from a recipe; continues a run found in train.run_dir", _pretrain),
+    "evaluate": Verb(
+        "perplexity, active parameters and tasks under expert policies; finds limits per layer", _evaluate
+    ),
+    "report": Verb("the pictures of one or several runs as one HTML page", _report),
     "estimate": Verb(
         "what a recipe costs on given GPUs: parameters, memory, traffic, time; or the best layout", _estimate
     ),

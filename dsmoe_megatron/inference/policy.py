@@ -129,6 +129,19 @@ class ExpertPolicy:
                     _check_threshold(f"{key}.{kind}.eps", limits["eps"])
 
 
+def policy_name(policy: ExpertPolicy) -> str:
+    """Short name for tables and metrics: `dense`, `topk 4`, `topk 4/2` (MLP/attention), `threshold 0.48`."""
+    if policy.expert_policy == "dense":
+        return "dense"
+    if policy.expert_policy_layers is not None:
+        return f"{policy.expert_policy} per layer"
+    mlp: float | None = policy.expert_threshold
+    attention: float | None = policy.attention_expert_threshold
+    if policy.expert_policy == "topk":
+        mlp, attention = policy.num_experts_per_tok, policy.attention_experts_per_tok
+    return f"{policy.expert_policy} {mlp}" + ("" if attention is None else f"/{attention}")
+
+
 def fixed_top_k(policy: ExpertPolicy, layer_index: int, kind: RouterKind, num_experts: int) -> int | None:
     """Experts that each token activates, where that is known before the scores are; None where it varies."""
     if policy.expert_policy == "dense":

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsmoe_megatron.config import Config, PolicyConfig
-from dsmoe_megatron.inference.policy import ExpertPolicy, active_experts
+from dsmoe_megatron.inference.policy import ExpertPolicy, active_experts, policy_name
 from dsmoe_megatron.model.router import RouterKind
 from dsmoe_megatron.planning.parameters import active_share
 from dsmoe_megatron.training.engines.megatron import Batch, MegatronEngine
@@ -59,15 +59,6 @@ def resolve_policy(section: PolicyConfig, config: Config) -> ExpertPolicy:
         expert_threshold=value("expert_threshold"),
         attention_expert_threshold=attention_threshold,
     )
-
-
-def policy_name(policy: ExpertPolicy) -> str:
-    """Short name for tables and metrics: `topk 4`, `topk 4/2` (MLP/attention), `threshold 0.48`."""
-    if policy.expert_policy == "topk":
-        mlp, attention = policy.num_experts_per_tok, policy.attention_experts_per_tok
-    else:
-        mlp, attention = policy.expert_threshold, policy.attention_expert_threshold  # type: ignore[assignment]
-    return f"{policy.expert_policy} {mlp}" + ("" if attention is None else f"/{attention}")
 
 
 class _CountingChoice:

@@ -14,6 +14,8 @@ from data_tools import blend, collect_local_corpus, inspect_dataset, preprocess,
 from docs.examples import clean_corpus
 from dsmoe_megatron.config_parsing import parse_config
 from dsmoe_megatron.errors import ConfigurationError
+from dsmoe_megatron.evaluation.command import build_parser as build_evaluate_parser
+from dsmoe_megatron.reporting.command import build_parser as build_report_parser
 from tests.layout_cases import cases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +33,8 @@ PROGRAMS = {
     "checkpoints_tools/generate.py": generate.build_parser(),
     "checkpoints_tools/verify.py": verify_export.build_parser(),
     "docs/examples/clean_corpus.py": clean_corpus.build_parser(),
+    "-m dsmoe_megatron evaluate": build_evaluate_parser(),
+    "-m dsmoe_megatron report": build_report_parser(),
 }
 
 

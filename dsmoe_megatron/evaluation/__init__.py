@@ -1,0 +1,1 @@
+"""Evaluation of trained models: perplexity under expert policies, their calibration, tasks."""

@@ -1,0 +1,82 @@
+"""Tasks of lm-evaluation-harness over local files; and one clear line where the harness is not installed."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsmoe_megatron.__main__ import main
+from dsmoe_megatron.tokenizers import load_tokenizer
+from tests import reference_model as reference
+from tests.evaluation.conftest import ARCHITECTURE, Export
+
+HARNESS = importlib.util.find_spec("lm_eval") is not None
+QUESTIONS = (("ab", ["cd", "xy"], 0), ("import ", ["os", "zz"], 1), ("for x", [" in", "!!"], 0), ("a", ["b", "c"], 1))
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    lines = [json.dumps({"question": q, "choices": choices, "answer": answer}) for q, choices, answer in QUESTIONS]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        "task: tiny_questions\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'questions.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\n"
+        'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\n'
+        'target_delimiter: ""\nmetric_list: [{metric: acc}]\n'
+    )
+    return path
+
+
+@pytest.mark.skipif(not HARNESS, reason="lm-evaluation-harness is not installed (extra `eval`)")
+def test_a_local_task_scores_as_by_the_equations(
+    export: Export, task: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--checkpoint", str(export.folder), "--tasks", str(task), "--top-k", "1", "--json"]) == 0
+
+    output = capsys.readouterr().out
+    scores = json.loads(output[output.index("{\n") :])["tasks"]
+    for name, fields in {"dense": {}, "topk 1": {"expert_policy": "topk", "num_experts_per_tok": 1}}.items():
+        policy = reference.ReferencePolicy(**fields)  # type: ignore[arg-type]
+        assert scores[name]["tiny_questions"]["acc,none"] == accuracy(export, policy)
+
+
+def accuracy(export: Export, policy: reference.ReferencePolicy) -> float:
+    """Share of the questions whose right answer has the largest log-likelihood."""
+    tokenizer = load_tokenizer(str(export.folder))
+    right = 0
+    for question, choices, answer in QUESTIONS:
+        scores = []
+        for choice in choices:
+            prompt, ids = tokenizer.encode(question), tokenizer.encode(question + choice)
+            output = reference.reference_forward(ARCHITECTURE, export.tensors, torch.tensor([ids[:-1]]), policy)
+            logits = output.logits[0].log_softmax(dim=-1)
+            scores.append(sum(float(logits[place - 1, ids[place]]) for place in range(len(prompt), len(ids))))
+        right += scores.index(max(scores)) == answer
+    return right / len(QUESTIONS)
+
+
+@pytest.mark.skipif(HARNESS, reason="lm-evaluation-harness is installed")
+def test_without_the_harness_one_line_says_what_to_install(
+    export: Export, task: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--checkpoint", str(export.folder), "--tasks", str(task)])
+
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--tasks needs lm-evaluation-harness" in error
+    assert "pip install 'dsmoe-megatron[eval]'" in error
+
+
+@pytest.mark.skipif(not HARNESS, reason="lm-evaluation-harness is not installed (extra `eval`)")
+@pytest.mark.parametrize(
+    ("name", "message"), [("no_such_task_anywhere", "knows no such task"), ("missing.yaml", "no such file")]
+)
+def test_unknown_tasks(export: Export, capsys: pytest.CaptureFixture[str], name: str, message: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--checkpoint", str(export.folder), "--tasks", name])
+
+    assert message in capsys.readouterr().err
