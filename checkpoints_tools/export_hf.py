@@ -8,21 +8,18 @@ checkpoint is used once and every tensor of the export written once, or the expo
 import argparse
 import dataclasses
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
+from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint, MegatronTensors
 from checkpoints_tools.model_card import model_card
+from checkpoints_tools.whole_folder import sync, whole_or_nothing, write_text
 from dsmoe_megatron.config import ModelConfig
 from dsmoe_megatron.config_parsing import load_config
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError, exit_with
@@ -102,20 +99,46 @@ def export(
     target: Target = "llama" if _is_llama(model) else "dsmoe"
     dtype = dtype or DTYPES[config.train.precision]
     policy = _policy(model, policy_options or {})
-    exported_config = _exported_config(model, policy, tokenizer, dtype, target)
+    description = exported_config(model, policy, tokenizer, dtype, target)
 
     source = DistributedCheckpoint(step_folder)
     mapping = TensorMapping(model, vocab_size, model.padded_vocab_size, model.expert_training, target)
     _check_source(source, mapping)
-    with _whole_or_nothing(output, overwrite) as folder:
-        written = _write_tensors(source, mapping, folder, dtype, max_shard_bytes)
-        if target == "dsmoe":
-            _copy_code(folder)
-        save_huggingface(tokenizer, folder)
-        _write_text(folder / "config.json", json.dumps(exported_config, indent=2, sort_keys=True) + "\n")
-        _write_text(folder / "generation_config.json", json.dumps(_generation_config(tokenizer), indent=2) + "\n")
-        card = model_card(dataclasses.replace(config, model=model), progress, exported_config)
-        _write_text(folder / "README.md", card)
+    card = model_card(dataclasses.replace(config, model=model), progress, description)
+    with whole_or_nothing(output, overwrite, "config.json", "an export") as folder:
+        return write_export(folder, source, mapping, description, tokenizer, card, max_shard_bytes)
+
+
+def write_export(
+    folder: Path,
+    source: MegatronTensors,
+    mapping: TensorMapping,
+    description: dict[str, Any],
+    tokenizer: Tokenizer,
+    card: str,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> int:
+    """Fill an empty folder with all that an export is made of.
+
+    Args:
+        folder: exists.
+        source: gives the tensors under Megatron's names, one layer at a time.
+        mapping: the model's table.
+        description: config.json; its `dtype` is that of the tensors.
+        tokenizer: of the model.
+        card: README.md.
+        max_shard_bytes: largest safetensors file.
+
+    Returns:
+        Number of tensors written.
+    """
+    written = _write_tensors(source, mapping, folder, getattr(torch, description["dtype"]), max_shard_bytes)
+    if description["model_type"] == "dsmoe":
+        _copy_code(folder)
+    save_huggingface(tokenizer, folder)
+    write_text(folder / "config.json", json.dumps(description, indent=2, sort_keys=True) + "\n")
+    write_text(folder / "generation_config.json", json.dumps(_generation_config(tokenizer), indent=2) + "\n")
+    write_text(folder / "README.md", card)
     return written
 
 
@@ -159,10 +182,18 @@ def _policy(model: ModelConfig, options: dict[str, Any]) -> ExpertPolicy:
     return policy
 
 
-def _exported_config(
+def exported_config(
     model: ModelConfig, policy: ExpertPolicy, tokenizer: Tokenizer, dtype: torch.dtype, target: Target
 ) -> dict[str, Any]:
-    """config.json, checked by the class that will read it."""
+    """config.json, checked by the class that will read it.
+
+    Args:
+        model: architecture, with the vocabulary's size.
+        policy: the default policy.
+        tokenizer: its end-of-document token begins and ends texts.
+        dtype: of the tensors.
+        target: `llama` where transformers' own Llama is the architecture.
+    """
     from transformers import LlamaConfig
 
     from dsmoe_megatron.inference.configuration_dsmoe import DSMoEConfig
@@ -208,7 +239,7 @@ def _check_source(source: DistributedCheckpoint, mapping: TensorMapping) -> None
 
 
 def _write_tensors(
-    source: DistributedCheckpoint, mapping: TensorMapping, folder: Path, dtype: torch.dtype, max_shard_bytes: int
+    source: MegatronTensors, mapping: TensorMapping, folder: Path, dtype: torch.dtype, max_shard_bytes: int
 ) -> int:
     """Shard by shard: read, convert, write, forget. Returns the number of tensors."""
     shards = list(_plan_shards(mapping, dtype.itemsize, max_shard_bytes))
@@ -225,13 +256,13 @@ def _write_tensors(
         save_file(tensors, folder / file_name, metadata={"format": "pt"})
         # safetensors lets nobody but the owner read it; the folder's mode carries the user's umask
         (folder / file_name).chmod(folder.stat().st_mode & 0o666)
-        _sync(folder / file_name)
+        sync(folder / file_name)
         weight_map |= dict.fromkeys(tensors, file_name)
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())
     check_names(weight_map, mapping.exported_shapes(), str(folder))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        _write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return len(weight_map)
 
 
@@ -257,40 +288,7 @@ def _copy_code(folder: Path) -> None:
 
     code = Path(dsmoe_megatron.inference.__file__).parent
     for name in CODE_FILES:
-        _write_text(folder / name, (code / name).read_text(encoding="utf-8"))
-
-
-@contextmanager
-def _whole_or_nothing(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `output` that takes its place at the end, and goes if anything fails."""
-    output = output.absolute()
-    occupied = output.exists() and not (output.is_dir() and not any(output.iterdir()))
-    if occupied and not overwrite:
-        raise ConfigurationError("--output", str(output), "is already there; name another folder or give --overwrite")
-    if occupied and not (output / "config.json").is_file():
-        raise ConfigurationError("--output", str(output), "is not an export, so --overwrite does not remove it")
-    folder, replaced = (output.with_name(f"{output.name}.{suffix}-{os.getpid()}") for suffix in ("tmp", "old"))
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        if output.exists():
-            output.rename(replaced)
-        folder.rename(output)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {output}: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+        write_text(folder / name, (code / name).read_text(encoding="utf-8"))
 
 
 def build_parser() -> argparse.ArgumentParser:
