@@ -35,7 +35,6 @@ from dsmoe_megatron.inference.tensor_mapping import TensorMapping
 from dsmoe_megatron.run_folder import Progress
 from dsmoe_megatron.tokenizers import load_tokenizer
 
-
 # a recipe may bring other values of these, which shape no weight and change no output
 OPEN_KEYS = {"attention_dropout", "initializer_range", "max_position_embeddings"}
 FIXED_KEYS = [key for key in REQUIRED_KEYS if key not in OPEN_KEYS]
@@ -124,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="RECIPE",
-        help="recipe with what an export does not tell (data.tokenizer, model.expert_training, alphas); may be repeated",
+        help="recipe with what an export does not tell, such as model.expert_training; may be repeated",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a step folder that is already there")
     return parser

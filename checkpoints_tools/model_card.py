@@ -60,9 +60,9 @@ def upcycled_model_card(model: ModelConfig, export: Mapping[str, Any], origin: s
         origin: name of the dense model.
     """
     introduction = (
-        f"Made of the dense model `{origin}`, whose function it computes: blocks of its MLP are experts, and the routers "
-        "give every expert the same score. Its experts mean nothing under `topk` or `threshold` before it has been "
-        f"trained densely with the mutual-information loss ({PAPER})."
+        f"Made of the dense model `{origin}`, whose function it computes: blocks of its MLP are experts, and the "
+        "routers give every expert the same score. `topk` and `threshold` have no meaning before it has been trained "
+        f"densely with the mutual-information loss ({PAPER})."
     )
     return "\n\n".join(
         [

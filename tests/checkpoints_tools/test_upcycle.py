@@ -19,7 +19,7 @@ from tests.pretrain_job import SmallData
 SIZES: dict[str, Any] = {
     "vocab_size": 500,
     "hidden_size": 48,
-    "intermediate_size": 72,
+    "intermediate_size": 288,
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
@@ -71,7 +71,7 @@ def test_computes_what_the_dense_model_computes(dense: Path, tmp_path: Path, nam
     mixture = MIXTURES[name]
     expected = {
         "num_experts": mixture.num_experts,
-        "moe_intermediate_size": 72 // mixture.num_experts,
+        "moe_intermediate_size": 288 // mixture.num_experts,
         "num_attention_experts": 3 if mixture.attention_type == "moa" else 1,
         "expert_policy": "dense",
         "router_type": mixture.router_type,
@@ -134,7 +134,7 @@ def test_the_seed_decides_the_mlp_routers(dense: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "mixture", "message"),
     [
-        ({}, Mixture(num_experts=7), r"--num-experts = 7: must be at least 2 and divide the 72 hidden units"),
+        ({}, Mixture(num_experts=7), r"--num-experts = 7: must be at least 2 and divide the 288 hidden units"),
         ({}, Mixture(num_experts=1), r"--num-experts = 1: must be at least 2"),
         ({"num_key_value_heads": 6}, Mixture(num_experts=8), r"--attention = 'moa': every query head has a .*give gqa"),
         ({"attention_bias": True}, Mixture(num_experts=8), r"attention_bias = True: .* cannot be carried"),

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints_tools import export_hf
+from checkpoints_tools import export_hf, import_hf, upcycle
 from data_tools import blend, collect_local_corpus, inspect_dataset, preprocess, train_tokenizer, verify
-from docs.examples import clean_corpus
+from docs.examples import clean_corpus, policy_curve
 from dsmoe_megatron.config_parsing import parse_config
 from dsmoe_megatron.errors import ConfigurationError
 from tests.layout_cases import cases
@@ -27,7 +27,10 @@ PROGRAMS = {
     "data_tools/inspect_dataset.py": inspect_dataset.build_parser(),
     "data_tools/blend.py": blend.build_parser(),
     "checkpoints_tools/export_hf.py": export_hf.build_parser(),
+    "checkpoints_tools/import_hf.py": import_hf.build_parser(),
+    "checkpoints_tools/upcycle.py": upcycle.build_parser(),
     "docs/examples/clean_corpus.py": clean_corpus.build_parser(),
+    "docs/examples/policy_curve.py": policy_curve.build_parser(),
 }
 
 
