@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from checkpoints_tools.export_hf import DSMOE_KEYS, SHARED_KEYS, Target
 from dsmoe_megatron.config import Config, ModelConfig, RopeParameters, TrainConfig
+from dsmoe_megatron.config_parsing import check_values
 from dsmoe_megatron.config_rules import check_config
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError
 from dsmoe_megatron.inference.policy import ExpertPolicy
@@ -161,6 +162,7 @@ def _rope(config: Any, where: str) -> RopeParameters:
 
 def _checked(model: ModelConfig, where: str) -> ModelConfig:
     try:
+        check_values(dataclasses.asdict(model), ModelConfig, "model")
         check_model(model)
     except ConfigurationError as error:
         raise CheckpointError(f"{where}: {error}") from None
