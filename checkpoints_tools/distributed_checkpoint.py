@@ -123,7 +123,7 @@ class _IntoTensor(DefaultLoadPlanner):
 
 
 def write_checkpoint(
-    folder: Path, source: MegatronTensors, mapping: TensorMapping, dtype: torch.dtype, done: Callable[[], None]
+    folder: Path, source: MegatronTensors, mapping: TensorMapping, dtype: torch.dtype, done: Callable[[], object]
 ) -> int:
     """Write a model, weights alone, as a checkpoint that megatron-core loads under any layout.
 
@@ -183,7 +183,7 @@ class _FromSource(DefaultSavePlanner):
     """Makes each piece when its turn to be written comes."""
 
     def __init__(
-        self, source: MegatronTensors, pieces: list[_Piece], dtype: torch.dtype, done: Callable[[], None]
+        self, source: MegatronTensors, pieces: list[_Piece], dtype: torch.dtype, done: Callable[[], object]
     ) -> None:
         super().__init__()
         self.source, self.dtype, self.done = source, dtype, done

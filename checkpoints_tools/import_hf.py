@@ -68,7 +68,7 @@ def import_model(model: Path, output: Path, recipes: Sequence[Path] = (), overwr
     source = AsMegatron(tensors, mapping, str(model))
     with whole_or_nothing(output, overwrite, "progress.json", "a step folder") as folder:
         with tqdm(total=len(list(mapping)), unit="tensor", disable=None, leave=False) as bar:
-            written = write_checkpoint(folder, source, mapping, dtype, bar.update)
+            written = write_checkpoint(folder, source, mapping, dtype, lambda: bar.update())
         save_config(config, folder / "config.yaml")
         write_text(folder / "progress.json", json.dumps(dataclasses.asdict(Progress()), indent=2))
     if content.get("expert_policy_layers") is not None:

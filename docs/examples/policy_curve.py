@@ -39,10 +39,11 @@ def measure(model: DSMoEForCausalLM, tokens_BS: Tensor) -> tuple[float, dict[Rou
     for sample_S in tqdm(tokens_BS, disable=None, leave=False):
         output = model(sample_S[None, :-1], output_router_logits=True, output_attention_router_logits=True)
         losses.append(float(F.cross_entropy(output.logits[0].double(), sample_S[1:])))
-        for kind, logits in (("mlp", output.router_logits), ("attention", output.attention_router_logits)):
-            for layer, logits_TE in enumerate(logits or ()):
+        router_logits = {"mlp": output.router_logits, "attention": output.attention_router_logits}
+        for kind, means in counts.items():
+            for layer, logits_TE in enumerate(router_logits[kind] or ()):
                 active_TE = active_experts(logits_TE.softmax(dim=-1), policy, layer, kind)
-                counts[kind][layer] += float(active_TE.sum(dim=-1).double().mean()) / len(tokens_BS)
+                means[layer] += float(active_TE.sum(dim=-1).double().mean()) / len(tokens_BS)
     return math.fsum(losses) / len(losses), counts
 
 

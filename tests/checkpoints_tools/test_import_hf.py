@@ -167,7 +167,7 @@ def imported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start_config(small_data: SmallData, run_dir: Path, imported: Path, /, **sections: dict[str, Any]) -> Config:
     """Two steps with hardly any learning from the imported weights."""
     steps = {"steps": 2, **sections.pop("train", {})}
-    options = {"optimizer": {"lr": 1e-7}, "checkpoint": {"load": str(imported)}}
+    options: dict[str, Any] = {"optimizer": {"lr": 1e-7}, "checkpoint": {"load": str(imported)}}
     return run_config(small_data, run_dir, **options, train=steps, **sections)
 
 

@@ -94,9 +94,9 @@ def test_tied_embeddings_mistral_and_gelu_are_carried(small_data: SmallData, tmp
 
 def test_uniform_scores_that_the_first_step_can_change(dense: Path, tmp_path: Path) -> None:
     """At equal scores the mutual-information loss has no slope; the language model's loss moves every router."""
-    for router_type, last in (("linear", "weight"), ("mlp", "fc2.weight")):
-        upcycle(dense, tmp_path / router_type, Mixture(num_experts=4, router_type=router_type, router_hidden_size=16))
-        model = DSMoEForCausalLM.from_pretrained(tmp_path / router_type)
+    for mixture, last in ((Mixture(4), "weight"), (Mixture(4, router_type="mlp", router_hidden_size=16), "fc2.weight")):
+        upcycle(dense, tmp_path / "model", mixture, overwrite=True)
+        model = DSMoEForCausalLM.from_pretrained(tmp_path / "model")
 
         outputs = model(token_ids(), labels=token_ids(), output_router_logits=True)
         outputs.loss.backward()
