@@ -4,6 +4,7 @@ Three families are known: our own exports (`dsmoe`), and dense decoders with RMS
 (`llama`, and `mistral` without its sliding window), which are this system's dense baseline.
 """
 
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -116,7 +117,8 @@ def dense_model_section(config: Any, where: str) -> ModelConfig:
         if getattr(config, key, False):
             _refuse(where, key, True, "linear layers here have no biases, so these cannot be carried")
     if getattr(config, "quantization_config", None) is not None:
-        _refuse(where, "quantization_config", "...", "the weights are quantized; save the model dequantized first")
+        rule = "the weights are quantized; save the model dequantized first"
+        _refuse(where, "quantization_config", config.quantization_config, rule)
     if config.hidden_act not in ("silu", "gelu"):
         _refuse(where, "hidden_act", config.hidden_act, "only silu and gelu are known")
     values = {key: getattr(config, key) for key in (*SHARED_KEYS, "vocab_size")}
@@ -138,7 +140,7 @@ def _parse(config_class: Any, content: Mapping[str, Any], where: str) -> Any:
     from huggingface_hub.errors import StrictDataclassError
 
     try:
-        return config_class.from_dict(dict(content))
+        return config_class.from_dict(copy.deepcopy(dict(content)))  # it changes what it is given
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"{where}: {lines[-1].strip()}") from None
@@ -151,8 +153,9 @@ def _rope(config: Any, where: str) -> RopeParameters:
         _refuse(
             where, "rope_parameters.rope_type", kind, "only unscaled rotary embeddings (default) can be trained here"
         )
-    if values.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
-        _refuse(where, "rope_parameters.partial_rotary_factor", "...", "whole heads are turned here")
+    turned = values.pop("partial_rotary_factor", None)
+    if turned not in (None, 1.0):
+        _refuse(where, "rope_parameters.partial_rotary_factor", turned, "whole heads are turned here")
     if values:
         _refuse(where, "rope_parameters", values, "only rope_type default with rope_theta is known")
     if not isinstance(theta, int | float):

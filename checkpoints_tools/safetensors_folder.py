@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,7 +44,6 @@ class SafetensorsFolder:
         self.tensor_shapes: dict[str, Shape] = {}
         self.tensor_dtypes: dict[str, torch.dtype] = {}
         self._places: dict[str, Any] = {}
-        self._open = ExitStack()
         index = _read_index(folder)
         for file_name in sorted(set(index.values())) if index is not None else [SINGLE_FILE]:
             self._add_file(folder / file_name)
@@ -54,7 +52,7 @@ class SafetensorsFolder:
 
     def _add_file(self, path: Path) -> None:
         try:
-            file = self._open.enter_context(safe_open(path, framework="pt"))
+            file = safe_open(path, framework="pt")
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 if name in self._places:
                     raise CheckpointError(f"{path}: {name} stands in another file of the model too")
