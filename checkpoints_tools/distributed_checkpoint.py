@@ -9,7 +9,7 @@ import math
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, BinaryIO, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,14 @@ from dsmoe_megatron.checkpoint_metadata import read_metadata
 from dsmoe_megatron.errors import CheckpointError
 
 BLOCK_BYTES = 4 << 20  # read at a time where the values are cut or converted on the way; near the processor's cache
+
+
+class MegatronTensors(Protocol):
+    """A model's tensors under Megatron's names."""
+
+    def read(self, name: str, layer: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """A whole tensor, or one layer of a stacked one; converted, if a dtype is given."""
+        ...
 
 
 class DistributedCheckpoint:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
+from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint, MegatronTensors
 from checkpoints_tools.export_formats import Format, choose_target, exported_config
 from checkpoints_tools.model_card import model_card
 from checkpoints_tools.streamed_safetensors import StreamedFile
@@ -83,17 +83,43 @@ def export(
     source = DistributedCheckpoint(step_folder)
     mapping = TensorMapping(model, vocab_size, model.padded_vocab_size, model.expert_training, target)
     _check_source(source, mapping)
+    card = model_card(dataclasses.replace(config, model=model), progress, description)
     with whole_folder(output, overwrite) as folder:
-        written = _write_tensors(source, mapping, folder, dtype, max_shard_bytes)
-        if target == "dsmoe":
-            _copy_code(folder)
-        save_huggingface(tokenizer, folder)
-        write_text(folder / "config.json", json.dumps(description, indent=2, sort_keys=True) + "\n")
-        write_text(folder / "generation_config.json", json.dumps(_generation_config(tokenizer), indent=2) + "\n")
-        card = model_card(dataclasses.replace(config, model=model), progress, description)
-        write_text(folder / "README.md", card)
-        for file in folder.iterdir():
-            sync(file)
+        return write_export(folder, source, mapping, description, tokenizer, card, max_shard_bytes)
+
+
+def write_export(
+    folder: Path,
+    source: MegatronTensors,
+    mapping: TensorMapping,
+    description: dict[str, Any],
+    tokenizer: Tokenizer,
+    card: str,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> int:
+    """Fill an empty folder with all that an export is made of.
+
+    Args:
+        folder: exists.
+        source: gives the tensors under Megatron's names, one layer at a time.
+        mapping: the model's table.
+        description: config.json; its `dtype` is that of the tensors.
+        tokenizer: of the model.
+        card: README.md.
+        max_shard_bytes: largest safetensors file.
+
+    Returns:
+        Number of tensors written.
+    """
+    written = _write_tensors(source, mapping, folder, getattr(torch, description["dtype"]), max_shard_bytes)
+    if description["model_type"] == "dsmoe":
+        _copy_code(folder)
+    save_huggingface(tokenizer, folder)
+    write_text(folder / "config.json", json.dumps(description, indent=2, sort_keys=True) + "\n")
+    write_text(folder / "generation_config.json", json.dumps(_generation_config(tokenizer), indent=2) + "\n")
+    write_text(folder / "README.md", card)
+    for file in folder.iterdir():
+        sync(file)
     return written
 
 
@@ -167,7 +193,7 @@ class Shard:
 
 
 def _write_tensors(
-    source: DistributedCheckpoint, mapping: TensorMapping, folder: Path, dtype: torch.dtype, max_shard_bytes: int
+    source: MegatronTensors, mapping: TensorMapping, folder: Path, dtype: torch.dtype, max_shard_bytes: int
 ) -> int:
     """Tensor by tensor: read, convert, write, forget. Returns the number of tensors."""
     shards = list(_plan_shards(mapping, dtype, max_shard_bytes))
@@ -193,7 +219,7 @@ def _write_tensors(
 
 
 def _read_ahead(
-    source: DistributedCheckpoint, sources: Sequence[tuple[TensorRule, int | None]], dtype: torch.dtype
+    source: MegatronTensors, sources: Sequence[tuple[TensorRule, int | None]], dtype: torch.dtype
 ) -> Iterator[dict[str, Tensor]]:
     """The exported tensors of each source; a thread reads the next ones while these are written."""
 

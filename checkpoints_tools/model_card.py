@@ -51,6 +51,32 @@ def model_card(config: Config, progress: Progress, export: Mapping[str, Any]) ->
     )
 
 
+def upcycled_model_card(model: ModelConfig, export: Mapping[str, Any], origin: str) -> str:
+    """Markdown text of a model that was cut out of a dense one and not trained yet.
+
+    Args:
+        model: architecture.
+        export: the export's config.json.
+        origin: name of the dense model.
+    """
+    introduction = (
+        f"Made of the dense model `{origin}`, whose function it computes: blocks of its MLP are experts, and the "
+        "routers give every expert the same score. `topk` and `threshold` have no meaning before it has been trained "
+        f"densely with the mutual-information loss ({PAPER})."
+    )
+    return "\n\n".join(
+        [
+            _front_matter(export),
+            f"# {_kind(model)}, upcycled",
+            introduction,
+            "## Use",
+            USE.format(trust=", trust_remote_code=True", policy=""),
+            "## Architecture",
+            _table(_architecture_rows(model, export)) + "\n",
+        ]
+    )
+
+
 def _front_matter(export: Mapping[str, Any]) -> str:
     metadata = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": [export["model_type"]]}
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---"

@@ -250,7 +250,8 @@ class CheckpointConfig:
     interval: int = 1000
     """Steps between checkpoints; the last step always saves one."""
     load: str | None = None
-    """Run folder or step folder to start from when run_dir has no checkpoint of its own."""
+    """Run folder or step folder to start from when run_dir has no checkpoint of its own; one without optimizer state
+    (an imported model) gives the weights, and training begins at step 0."""
     keep_last: int = 2
     """Newest checkpoints kept; 0 keeps all."""
 

@@ -76,6 +76,15 @@ def save_config(config: Config, path: str | Path) -> None:
     temporary.replace(path)
 
 
+def check_values(values: dict[str, Any], section: type[Any], key: str) -> None:
+    """The keys and types of one section's plain values, wherever they come from.
+
+    Raises:
+        ConfigurationError: the first unknown key or ill-typed value.
+    """
+    _check(values, section, key)
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """The recipe as plain nested dictionaries, lists and scalars."""
     return asdict(config)

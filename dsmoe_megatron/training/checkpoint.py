@@ -148,6 +148,15 @@ def _cause(error: BaseException) -> str:
     return text.splitlines()[-1].strip()
 
 
+def has_optimizer_state(folder: Path) -> bool:
+    """Whether a step folder holds more than weights; an imported model's does not.
+
+    Raises:
+        CheckpointError: its table of contents cannot be read.
+    """
+    return any(name.startswith("optimizer.") for name in read_metadata(folder).state_dict_metadata)
+
+
 def load_checkpoint(engine: MegatronEngine, config: Config, folder: Path) -> Progress:
     """Load weights, optimizer and schedule of a step folder, saved under any layout.
 
@@ -155,15 +164,29 @@ def load_checkpoint(engine: MegatronEngine, config: Config, folder: Path) -> Pro
         CheckpointError: another architecture, or tensors that are missing, left over or unreadable.
     """
     check_same_architecture(folder, config.model)
-    read_metadata(folder)  # torch unpickles it without asking: look at it first
-    state = engine.sharded_state(is_loading=True)
-    try:
-        loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_ALL)
-    except SHARD_ERRORS as error:
-        raise CheckpointError(f"{folder}: cannot be loaded: {_cause(error)}") from error
+    loaded = _load(engine.sharded_state(is_loading=True), folder)
     progress = read_progress(folder)
     engine.load_state(loaded, progress.step)
     return progress
+
+
+def load_weights(engine: MegatronEngine, config: Config, folder: Path) -> None:
+    """Load a step folder that holds weights alone, saved under any layout; the optimizer stays as new.
+
+    Raises:
+        CheckpointError: as load_checkpoint.
+    """
+    check_same_architecture(folder, config.model)
+    engine.load_weights(_load(engine.sharded_weights(), folder))
+
+
+def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    read_metadata(folder)  # torch unpickles it without asking: look at it first
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_ALL)
+    except SHARD_ERRORS as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {_cause(error)}") from error
+    return loaded
 
 
 def check_same_architecture(folder: Path, model: ModelConfig) -> None:

@@ -23,7 +23,13 @@ from dsmoe_megatron.runtime.distributed import (
 )
 from dsmoe_megatron.tokenizers import Tokenizer, load_tokenizer
 from dsmoe_megatron.training.blends import cache_dir_of
-from dsmoe_megatron.training.checkpoint import check_disk_space, load_checkpoint, save_checkpoint
+from dsmoe_megatron.training.checkpoint import (
+    check_disk_space,
+    has_optimizer_state,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from dsmoe_megatron.training.data import build_datasets, check_datasets, data_identity, global_batches
 from dsmoe_megatron.training.engines.megatron import Batch, MegatronEngine, StepResult
 from dsmoe_megatron.training.expert_use import expert_use, mutual_information_losses
@@ -119,6 +125,13 @@ class TrainingRun:
                 if folder is None:
                     raise CheckpointError(f"{self.config.checkpoint.load}: no checkpoint there (checkpoint.load)")
         if folder is None:
+            return Progress(data_identity=identity)
+        with raised_on_every_rank():
+            weights_alone = not has_optimizer_state(folder)
+            if weights_alone:
+                load_weights(self.engine, self.config, folder)
+        if weights_alone:
+            self._say(f"started from {folder}: weights alone, so the optimizer is fresh and this is step 0")
             return Progress(data_identity=identity)
         with raised_on_every_rank():
             progress = load_checkpoint(self.engine, self.config, folder)

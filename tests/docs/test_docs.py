@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints_tools import export_hf, generate
+from checkpoints_tools import export_hf, generate, import_hf, upcycle
 from checkpoints_tools import verify as verify_export
 from data_tools import blend, collect_local_corpus, inspect_dataset, preprocess, train_tokenizer, verify
-from docs.examples import clean_corpus
+from docs.examples import clean_corpus, policy_curve
 from dsmoe_megatron.config_parsing import parse_config
 from dsmoe_megatron.errors import ConfigurationError
 from dsmoe_megatron.evaluation.command import build_parser as build_evaluate_parser
@@ -35,6 +35,9 @@ PROGRAMS = {
     "docs/examples/clean_corpus.py": clean_corpus.build_parser(),
     "-m dsmoe_megatron evaluate": build_evaluate_parser(),
     "-m dsmoe_megatron report": build_report_parser(),
+    "checkpoints_tools/import_hf.py": import_hf.build_parser(),
+    "checkpoints_tools/upcycle.py": upcycle.build_parser(),
+    "docs/examples/policy_curve.py": policy_curve.build_parser(),
 }
 
 

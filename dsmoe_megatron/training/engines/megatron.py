@@ -215,15 +215,24 @@ class MegatronEngine:
 
     def load_state(self, state: dict[str, Any], step: int) -> None:
         """Take over what dist_checkpointing.load made of `sharded_state`, and set the schedule to `step`."""
-        for name, chunk in self._named_chunks():
-            model = unwrap(chunk)
-            extra_states = {key: None for key in model.state_dict() if key.endswith(EXTRA_STATE)}
-            model.load_state_dict({**state[name], **extra_states})
+        self._load_weights(state)
         with allow_loading_without_fused_adam(self.optimizer):
             self.optimizer.load_state_dict(state["optimizer"])
         own_step_counts(self.optimizer)
         self.schedule.num_steps = 0
         self.schedule.step(increment=step)
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Take over what dist_checkpointing.load made of `sharded_weights`; optimizer and schedule stay at step 0."""
+        self._load_weights(state)
+        # the optimizer has master copies of bf16 weights: without this the first step would bring the old ones back
+        self.optimizer.reload_model_params()
+
+    def _load_weights(self, state: dict[str, Any]) -> None:
+        for name, chunk in self._named_chunks():
+            model = unwrap(chunk)
+            extra_states = {key: None for key in model.state_dict() if key.endswith(EXTRA_STATE)}
+            model.load_state_dict({**state[name], **extra_states})
 
 
 def _count_padding_between_buckets(chunk: DistributedDataParallel) -> None:

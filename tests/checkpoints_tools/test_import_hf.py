@@ -1,0 +1,412 @@
+"""Import: a Hugging Face folder becomes a checkpoint that training loads under any layout; and back, bit for bit."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
+from checkpoints_tools.export_hf import export
+from checkpoints_tools.import_hf import import_model, main
+from dsmoe_megatron.config import Config
+from dsmoe_megatron.config_parsing import load_config
+from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError
+from dsmoe_megatron.inference.configuration_dsmoe import DSMoEConfig
+from dsmoe_megatron.inference.modeling_dsmoe import DSMoEForCausalLM
+from dsmoe_megatron.tokenizers import load_tokenizer, save_huggingface
+from tests.pretrain_job import SmallData, pretrain_job, run_config, training_lines
+from tests.worker_pool import WorkerPool
+
+# as tests.training_jobs.tiny_config; the weights are large, so that a loss tells these from freshly initialised ones
+ARCHITECTURE: dict[str, Any] = {
+    "vocab_size": 500,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_attention_experts": 4,
+    "num_experts": 6,
+    "moe_intermediate_size": 16,
+    "router_hidden_size": 32,
+    "initializer_range": 0.3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "expert_policy": "threshold",
+    "expert_threshold": 0.6,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "moa": {},
+    "swiglu_mlp_router_layernorm_tied": {
+        "hidden_act": "silu",
+        "gated_mlp": True,
+        "router_type": "mlp",
+        "norm_type": "layernorm",
+        "tie_word_embeddings": True,
+    },
+    "gqa": {"attention_type": "gqa", "num_attention_experts": 1},
+    "dense": {
+        **{"attention_type": "gqa", "num_attention_experts": 1, "num_experts": 1},
+        **{"expert_policy": "dense", "expert_threshold": None},
+    },
+}
+LLAMA: dict[str, Any] = {
+    **{key: ARCHITECTURE[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "initializer_range")},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "tie_word_embeddings": True},
+}
+
+
+def save_model(folder: Path, tokenizer: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A randomly initialised model, written by transformers itself."""
+    torch.manual_seed(3)
+    if changes.get("model_type") == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    else:
+        model = DSMoEForCausalLM(DSMoEConfig(**{**ARCHITECTURE, **changes}))
+    model.to(dtype).save_pretrained(folder)
+    save_huggingface(load_tokenizer(tokenizer), folder)
+    return folder
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_equal_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, small_data: SmallData) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "model", small_data.tokenizer)
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_import_then_export_gives_every_bit_back(
+    small_data: SmallData, tmp_path: Path, variant: str, dtype: torch.dtype
+) -> None:
+    changes = VARIANTS.get(variant, {"model_type": "llama"})
+    model = save_model(tmp_path / "model", small_data.tokenizer, dtype, **changes)
+
+    import_model(model, tmp_path / "step")
+    export(tmp_path / "step", tmp_path / "again")
+
+    assert_equal_bits(tensors_of(tmp_path / "again"), tensors_of(model))
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (model, tmp_path / "again"))
+    assert after["model_type"] == ("llama" if variant == "llama" else "dsmoe")
+    own = set(after) - {"bos_token_id", "eos_token_id", "num_experts_per_tok", "auto_map", "transformers_version"}
+    assert {key: after[key] for key in own & set(before)} == {key: before[key] for key in own & set(before)}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "model", "step"]
+
+
+@pytest.mark.parametrize("expert_training", ["dense", "sparse"])
+def test_export_then_import_gives_a_trained_checkpoint_back(
+    worker_pool: WorkerPool, small_data: SmallData, tmp_path: Path, expert_training: str
+) -> None:
+    parallel: dict[str, Any] = {"tensor": 2, "sequence": True}
+    changes: dict[str, Any] = {"hidden_act": "silu", "gated_mlp": True}
+    if expert_training == "sparse":
+        changes |= {"attention_type": "gqa", "expert_training": "sparse"}
+    config = run_config(small_data, tmp_path / "run", model=changes, parallel=parallel, train={"steps": 1})
+    config.evaluation.policies = []
+    worker_pool.run(2, pretrain_job, config)
+    export(tmp_path / "run", tmp_path / "export")
+
+    # whether the experts were trained sparsely is not to be seen in an export
+    import_model(tmp_path / "export", tmp_path / "step", [tmp_path / "run" / "config.yaml"])
+
+    trained, imported = (
+        DistributedCheckpoint(folder) for folder in (tmp_path / "run/checkpoints/step_00000001", tmp_path / "step")
+    )
+    names = [name for name in trained.tensor_shapes if not name.startswith("optimizer.")]
+    # rows that pad the vocabulary are zero after an import: no token reads them and no loss sees them
+    vocabulary = ("embedding.word_embeddings.weight", "output_layer.weight")
+    assert_equal_bits(
+        {name: imported.read(name)[: 500 if name in vocabulary else None] for name in imported.tensor_shapes},
+        {name: trained.read(name)[: 500 if name in vocabulary else None] for name in names},
+    )
+    assert imported.tensor_shapes == {name: trained.tensor_shapes[name] for name in names}
+    assert load_config(tmp_path / "step" / "config.yaml").model == load_config(tmp_path / "run/config.yaml").model
+
+
+def first_batch(config: Config, steps: int) -> list[dict[str, Tensor]]:
+    """The samples of each of the first steps, on one process."""
+    from dsmoe_megatron.runtime.distributed import model_parallel_groups
+    from dsmoe_megatron.training.data import build_datasets, global_batches
+    from dsmoe_megatron.training.loop import open_data
+
+    tokenizer = open_data(config)
+    with model_parallel_groups(config.parallel, config.train.seed):
+        train_data, _ = build_datasets(config, tokenizer, Path(config.train.run_dir) / "cache")
+        batches = global_batches(train_data, config, 0, 1)
+        steps_of_batches = [next(batches) for _ in range(steps)]
+        return [
+            {key: torch.cat([batch[key] for batch in micro_batches]) for key in ("tokens", "labels")}
+            for micro_batches in steps_of_batches
+        ]
+
+
+@pytest.fixture(scope="module")
+def imported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import_model(model, step := tmp_path_factory.mktemp("imported") / "step")
+    return step
+
+
+def start_config(small_data: SmallData, run_dir: Path, imported: Path, /, **sections: dict[str, Any]) -> Config:
+    """Two steps with hardly any learning from the imported weights."""
+    steps = {"steps": 2, **sections.pop("train", {})}
+    options: dict[str, Any] = {"optimizer": {"lr": 1e-7}, "checkpoint": {"load": str(imported)}}
+    return run_config(small_data, run_dir, **options, train=steps, **sections)
+
+
+@pytest.fixture(scope="module")
+def losses(
+    worker_pool: WorkerPool, small_data: SmallData, model: Path, imported: Path, tmp_path_factory: Any
+) -> list[float]:
+    """What transformers computes on the batches of the first two steps."""
+    config = start_config(small_data, tmp_path_factory.mktemp("batches"), imported)
+    batches = worker_pool.run(1, first_batch, config, 2)[0]
+    reference = DSMoEForCausalLM.from_pretrained(model).eval()
+    reference.set_policy("dense")
+    with torch.no_grad():
+        return [
+            float(F.cross_entropy(reference(batch["tokens"]).logits.flatten(0, 1).double(), batch["labels"].flatten()))
+            for batch in batches
+        ]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "precision"),
+    [
+        (1, {}, "fp32"),
+        (2, {"tensor": 2}, "fp32"),
+        (4, {"tensor": 2, "sequence": True, "pipeline": 2, "expert": 2, "expert_tensor": 1}, "fp32"),
+        (2, {}, "bf16"),
+    ],
+    ids=["one process", "TP2", "TP2+SP, PP2, EP2", "DP2 in bf16"],
+)
+def test_training_starts_from_an_imported_model(
+    worker_pool: WorkerPool,
+    small_data: SmallData,
+    imported: Path,
+    losses: list[float],
+    tmp_path: Path,
+    world_size: int,
+    parallel: dict[str, Any],
+    precision: str,
+) -> None:
+    config = start_config(small_data, tmp_path, imported, parallel=parallel, train={"precision": precision})
+
+    printed = worker_pool.run(world_size, pretrain_job, config)[0]
+
+    assert f"started from {imported}: weights alone, so the optimizer is fresh and this is step 0" in printed
+    lines = training_lines(tmp_path)
+    assert list(lines) == [1, 2]
+    assert losses[0] > 8.0  # nothing that an untrained model would have: log 500 is 6.2
+    # the second step shows that the first one's update went out from the imported weights
+    rounding = 1e-5 if precision == "fp32" else 0.02
+    assert [lines[step]["lm_loss"] for step in (1, 2)] == pytest.approx(losses, rel=rounding)
+
+
+def test_a_run_that_started_so_resumes_as_any_other(
+    worker_pool: WorkerPool, small_data: SmallData, imported: Path, tmp_path: Path
+) -> None:
+    worker_pool.run(1, pretrain_job, start_config(small_data, tmp_path, imported))
+
+    printed = worker_pool.run(1, pretrain_job, start_config(small_data, tmp_path, imported, train={"steps": 3}))[0]
+
+    assert f"resumed from {tmp_path / 'checkpoints' / 'step_00000002'}" in printed
+
+
+def change_config(model: Path, **changes: Any) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def drop_key(model: Path, key: str) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
+
+
+def change_tensors(model: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def put(name: str, value: Any) -> Callable[[dict[str, Tensor]], Any]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[name].view(-1)[5] = value
+
+    return change
+
+
+def truncate(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def only_a_pickle(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def index(model: Path, weight_map: dict[str, str]) -> None:
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing tensor": (
+        lambda model: change_tensors(model, lambda tensors: tensors.pop("model.layers.2.mlp.gate.weight")),
+        r"lacks model\.layers\.2\.mlp\.gate\.weight",
+    ),
+    "extra tensor": (
+        lambda model: change_tensors(model, lambda tensors: tensors.update({"extra": torch.zeros(1)})),
+        r"has unknown extra",
+    ),
+    "another shape": (
+        lambda model: change_tensors(model, lambda tensors: tensors.update({"model.norm.weight": torch.ones(63)})),
+        r"model\.norm\.weight has shape \(63,\), but config\.json makes it \(64,\)",
+    ),
+    "NaN": (
+        lambda model: change_tensors(model, put("model.layers.3.self_attn.o_experts", float("nan"))),
+        r"model\.layers\.3\.self_attn\.o_experts holds NaN or infinite values",
+    ),
+    "infinity": (
+        lambda model: change_tensors(model, put("lm_head.weight", float("-inf"))),
+        r"lm_head\.weight holds NaN or infinite values",
+    ),
+    "whole numbers": (
+        lambda model: change_tensors(model, lambda tensors: tensors.update({"lm_head.weight": torch.ones(2).int()})),
+        r"lm_head\.weight is I32; a weight is one of",
+    ),
+    "two dtypes": (
+        lambda model: change_tensors(model, lambda t: t.update({"model.norm.weight": torch.ones(64).bfloat16()})),
+        r"the dtypes of its tensors are bfloat16, float32; all must be",
+    ),
+    "dtype denied": (
+        lambda model: change_config(model, dtype="bfloat16"),
+        r"dtype = 'bfloat16', but the tensors are float32",
+    ),
+    "fewer experts": (lambda model: change_config(model, num_experts=3), r"but config\.json makes it \(3, 64, 16\)"),
+    "more layers": (
+        lambda model: change_config(model, num_hidden_layers=5),
+        r"lacks model\.layers\.4\.input_layernorm",
+    ),
+    "heads": (
+        lambda model: change_config(model, num_attention_heads=6),
+        r"num_attention_heads = 6: must be num_attention_experts x num_key_value_heads",
+    ),
+    "ill-typed": (lambda model: change_config(model, hidden_size="64"), r"config\.json: .*hidden_size"),
+    "missing key": (lambda model: drop_key(model, "router_type"), r"config\.json lacks router_type"),
+    "RoPE scaling": (
+        lambda model: change_config(
+            model, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+        ),
+        r"rope_parameters\.rope_type = 'linear': only unscaled",
+    ),
+    "renormalised scores": (lambda model: change_config(model, norm_topk_prob=True), r"norm_topk_prob = True"),
+    "another model": (lambda model: change_config(model, model_type="mixtral"), r"model_type = 'mixtral': only dsmoe"),
+    "another vocabulary": (
+        lambda model: change_config(model, vocab_size=512),
+        r"vocab_size = 512: the tokenizer .* has 500 tokens",
+    ),
+    "no config": (lambda model: (model / "config.json").unlink(), r"config\.json: cannot be read"),
+    "no JSON": (lambda model: (model / "config.json").write_text("{"), r"config\.json: cannot be read"),
+    "truncated": (truncate, r"model\.safetensors: cannot be read"),
+    "pickle": (only_a_pickle, r"pytorch_model\.bin is a pickle, which is not read"),
+    "file of the index missing": (
+        lambda model: index(model, {"lm_head.weight": "model-00001-of-00002.safetensors"}),
+        r"model-00001-of-00002\.safetensors: cannot be read",
+    ),
+    "index outside": (lambda model: index(model, {"lm_head.weight": "../other"}), r"is not in the folder"),
+    "index incomplete": (
+        lambda model: index(model, {"lm_head.weight": "model.safetensors", "ghost": "model.safetensors"}),
+        r"the files lack ghost and the index lacks model\.embed",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_fault_is_one_line_and_nothing_is_left(small_data: SmallData, tmp_path: Path, fault: str) -> None:
+    model = save_model(tmp_path / "model", small_data.tokenizer)
+    damage, message = BAD[fault]
+    damage(model)
+
+    with pytest.raises(CheckpointError, match=message) as error:
+        import_model(model, tmp_path / "step")
+
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_recipe_adds_what_an_export_does_not_tell_and_denies_nothing(
+    model: Path, small_data: SmallData, tmp_path: Path
+) -> None:
+    recipe, wrong = tmp_path / "recipe.yaml", tmp_path / "wrong.yaml"
+    recipe.write_text(f"model: {{mi_alpha_mlp: 0.01}}\ndata: {{tokenizer: {small_data.tokenizer}}}\n")
+    wrong.write_text("model: {num_experts: 12}\n")
+
+    import_model(model, tmp_path / "step", [recipe])
+    with pytest.raises(ConfigurationError, match=r"model\.num_experts = 12: .*config\.json makes it 6"):
+        import_model(model, tmp_path / "no", [recipe, wrong])
+
+    config = load_config(tmp_path / "step" / "config.yaml")
+    assert (config.model.mi_alpha_mlp, config.data.tokenizer) == (0.01, small_data.tokenizer)
+    assert (config.model.expert_policy, config.model.expert_threshold) == ("threshold", 0.6)
+
+
+def test_what_is_there_is_kept_unless_told(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").touch()
+    import_model(model, tmp_path / "step")
+
+    for output, overwrite, message in (
+        ("step", False, "is already there"),
+        ("thesis", True, "is not a step folder, so --overwrite does not remove it"),
+    ):
+        with pytest.raises(DSMoEError, match=message):
+            import_model(model, tmp_path / output, overwrite=overwrite)
+    import_model(model, tmp_path / "step", overwrite=True)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step", "thesis"]
+
+
+def test_the_command_line_imports(model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "checkpoints_tools/import_hf.py", "--model", str(model)]
+
+    done = subprocess.run([*command, "--output", str(tmp_path / "step")], check=True, capture_output=True, text=True)
+
+    assert done.stderr.endswith("step: 11 tensors, whole\n")
+
+
+def test_an_error_is_one_line_and_a_non_zero_exit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["import_hf", "--model", str(tmp_path), "--output", str(tmp_path / "step")])
+
+    with pytest.raises(SystemExit) as end:
+        main()
+
+    assert end.value.code == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_transformers_reads_the_round_trip(model: Path, imported: Path, tmp_path: Path) -> None:
+    export(imported, tmp_path / "again")
+
+    ids = torch.arange(12)[None]
+    before = DSMoEForCausalLM.from_pretrained(model)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(after(ids).logits, before(ids).logits)
