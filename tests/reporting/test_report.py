@@ -58,9 +58,16 @@ class Reader(HTMLParser):
 def write_run(folder: Path, loss: float = 3.0, experts: int = 8) -> Path:
     """A run of two layers, as the training loop writes it."""
     folder.mkdir(parents=True)
-    metrics, use = [], []
+    metrics: list[dict[str, Any]] = []
+    use: list[dict[str, Any]] = []
     for step in range(5, STEPS + 1, 5):
-        numbers = {"step": step, "tokens": step * 2048, "grad_norm": 1.0, "learning_rate": 1e-3, "step_time_s": 0.5}
+        numbers: dict[str, Any] = {
+            "step": step,
+            "tokens": step * 2048,
+            "grad_norm": 1.0,
+            "learning_rate": 1e-3,
+            "step_time_s": 0.5,
+        }
         metrics.append(
             {
                 **numbers,
