@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib import colors, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -335,7 +336,7 @@ def _finish(
 ) -> Figure | None:
     """Labels, and one legend above the panels; None if nothing was drawn. A panel without data says so."""
     # lines without points are there for the legend
-    if not any(len(line.get_path().vertices) for axis in axes for line in axis.lines):
+    if not any(np.size(line.get_xdata()) for axis in axes for line in axis.lines):
         return None
     for axis in axes:
         if x_label is not None:
