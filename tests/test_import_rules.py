@@ -75,12 +75,14 @@ ALLOWED_OF_OTHERS = {
     "dsmoe_megatron.reporting": ["matplotlib", "numpy"],
     "dsmoe_megatron.inference.policy": ["torch"],
     "dsmoe_megatron.inference.configuration_dsmoe": ["torch", "transformers"],
+    "dsmoe_megatron.inference.expert_products": ["torch", "transformers"],
     "dsmoe_megatron.inference.modeling_dsmoe": ["torch", "transformers"],
 }
 # Files that an export carries: they import each other relatively and nothing else of ours.
 TRAVELLING = (
     "dsmoe_megatron.inference.policy",
     "dsmoe_megatron.inference.configuration_dsmoe",
+    "dsmoe_megatron.inference.expert_products",
     "dsmoe_megatron.inference.modeling_dsmoe",
 )
 # A verb imports what it needs when it runs, so that a wrong recipe is refused at once.

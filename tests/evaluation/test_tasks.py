@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,10 @@ def accuracy(export: Export, policy: reference.ReferencePolicy) -> float:
     return right / len(QUESTIONS)
 
 
-@pytest.mark.skipif(HARNESS, reason="lm-evaluation-harness is installed")
 def test_without_the_harness_one_line_says_what_to_install(
-    export: Export, task: Path, capsys: pytest.CaptureFixture[str]
+    export: Export, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SystemExit):
         main(["evaluate", "--checkpoint", str(export.folder), "--tasks", str(task)])
 
