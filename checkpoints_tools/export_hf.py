@@ -211,7 +211,6 @@ def _write_tensors(
                         file.add(name, tensor)
                         bar.update(tensor.nbytes)
             weight_map |= dict.fromkeys(shard.shapes, file_name)
-    check_names(weight_map, mapping.exported_shapes(), str(folder))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
@@ -236,14 +235,15 @@ def _read_ahead(
 
 def _plan_shards(mapping: TensorMapping, dtype: torch.dtype, max_shard_bytes: int) -> Iterator[Shard]:
     """Rules in the model's order, as many per shard as fit."""
-    shard = Shard()
+    shard, size = Shard(), 0
     for rule, layer in mapping:
         added = Shard([(rule, layer)], rule.exported_shapes(layer))
-        if shard.sources and shard.nbytes(dtype) + added.nbytes(dtype) > max_shard_bytes:
+        if shard.sources and size + added.nbytes(dtype) > max_shard_bytes:
             yield shard
-            shard = Shard()
+            shard, size = Shard(), 0
         shard.sources.extend(added.sources)
         shard.shapes.update(added.shapes)
+        size += added.nbytes(dtype)
     yield shard
 
 

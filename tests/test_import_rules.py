@@ -72,7 +72,7 @@ ALLOWED_OF_OTHERS = {
     "dsmoe_megatron.planning.hardware": ["yaml"],
     "dsmoe_megatron.planning.presentation": ["matplotlib"],
     # pictures of a run can be drawn where nothing can be trained
-    "dsmoe_megatron.reporting": ["matplotlib"],
+    "dsmoe_megatron.reporting": ["matplotlib", "numpy"],
     "dsmoe_megatron.inference.policy": ["torch"],
     "dsmoe_megatron.inference.configuration_dsmoe": ["torch", "transformers"],
     "dsmoe_megatron.inference.modeling_dsmoe": ["torch", "transformers"],

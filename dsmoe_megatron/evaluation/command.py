@@ -113,6 +113,11 @@ def _check_options(options: argparse.Namespace) -> None:
     elif not options.data or options.tasks or policy_options(options):
         rule = "works on --data alone; evaluate the policy file that it saves with the other options"
         raise ConfigurationError("--calibrate", options.calibrate, rule)
+    for option, value in (("--batch-size", options.batch_size), ("--limit", options.limit)):
+        if value is not None and value < 1:
+            raise ConfigurationError(option, value, "must be at least 1")
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        raise ConfigurationError("--num-fewshot", options.num_fewshot, "must be at least 0")
     check_output(options.output, "--output")
     check_output(options.save_policy, "--save-policy")
 
@@ -149,8 +154,6 @@ def _measure(options: argparse.Namespace, loaded: Any) -> tuple[dict[str, Any], 
     if options.tasks:
         from dsmoe_megatron.evaluation.tasks import evaluate_tasks, tasks_as_text
 
-        if options.num_fewshot is not None and options.num_fewshot < 0:
-            raise ConfigurationError("--num-fewshot", options.num_fewshot, "must be at least 0")
         scores = evaluate_tasks(loaded, policies, options.tasks, options.num_fewshot, options.limit, options.batch_size)
         result = {"checkpoint": str(options.checkpoint), "step": loaded.step, **result, "tasks": scores}
         texts.append(tasks_as_text(scores))

@@ -7,6 +7,7 @@ Shape suffixes: B batch, S sequence, T tokens (B x S flattened), N experts, H hi
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from dsmoe_megatron.inference.policy import ExpertPolicy, RouterKind, active_exp
 from dsmoe_megatron.planning.parameters import active_parameters, active_share
 
 LOGITS_AT_ONCE = 2**26  # float32 logits in memory: 256 MB
+
+LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 Router = tuple[int, RouterKind]
 """A router's place: layer from 0, and kind."""
@@ -91,7 +94,8 @@ class Measurement:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        """Infinite where the loss is too large for a float's exponential."""
+        return math.exp(self.loss) if self.loss < LARGEST_EXPONENT else math.inf
 
     def mean_active(self, kind: RouterKind, layers: int) -> list[float]:
         """Active experts per token of every layer; 1 where there is no router."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib import colors, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ KINDS = {"attention": "attention experts", "mlp": "MLP experts"}
 LINE_STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 WIDTH, HEIGHT = 9.0, 3.6  # inches
 MOST_POINTS = 400  # of a curve; more are averaged
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "report",  # identifiers are the same in every run
     "font.family": "sans-serif",
@@ -73,8 +74,8 @@ def mutual_information(runs: Sequence[Run]) -> Figure | None:
     figure, axes = _figure(2)
     for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
         for run, colour in _coloured(runs):
-            points = [(line["step"], line.get(f"mi_loss_{kind}")) for line in run.training]
-            points = [(step, value) for step, value in points if value is not None]
+            name = f"mi_loss_{kind}"
+            points = [(line["step"], line[name]) for line in run.training if line.get(name) is not None]
             _curve(axis, run, points, color=colour, label=run.name)
             experts = _experts(run.model, kind)
             if points and experts > 1:
@@ -94,7 +95,7 @@ def sparse_perplexity(runs: Sequence[Run]) -> Figure | None:
             for axis, column in zip(axes, (0, 1), strict=True):
                 places = [(point[column], point[2]) for point in points if point[column] is not None]
                 line = "-" if len(places) > 1 else "none"
-                style = {"color": colour, "marker": MARKERS[rule], "markersize": 10 if rule == "dense" else 5.5}
+                style: Any = {"color": colour, "marker": MARKERS[rule], "markersize": 10 if rule == "dense" else 5.5}
                 if not run.evaluations:  # hollow
                     style["markerfacecolor"] = "white"
                 axis.plot(*_columns(places), linestyle=line, linewidth=1.2, **style)
@@ -334,7 +335,8 @@ def _finish(
     figure: Figure, axes: Sequence[Axes], x_label: str | None = "tokens [millions]", legend: bool = True
 ) -> Figure | None:
     """Labels, and one legend above the panels; None if nothing was drawn. A panel without data says so."""
-    if not any(line.get_xdata().size for axis in axes for line in axis.lines if len(line.get_xdata())):
+    # lines without points are there for the legend
+    if not any(np.size(line.get_xdata()) for axis in axes for line in axis.lines):
         return None
     for axis in axes:
         if x_label is not None:

@@ -59,7 +59,7 @@ def test_equals_the_equations_under_every_policy(
     file = tmp_path / "policy.json"
     file.write_text(json.dumps({"expert_policy": "threshold", "expert_policy_layers": layers}))
     sweep = ["--top-k", 1, 3, "--attention-top-k", 2, "--thresholds", 0.8, 1.0, "--threshold-top-k", 0.9]
-    policies = {
+    policies: dict[str, dict[str, Any]] = {
         "dense": {},
         "topk 1/2": {"expert_policy": "topk", "num_experts_per_tok": 1, "attention_experts_per_tok": 2},
         "topk 3/2": {"expert_policy": "topk", "num_experts_per_tok": 3, "attention_experts_per_tok": 2},
