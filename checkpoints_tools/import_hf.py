@@ -104,6 +104,7 @@ def _recipe(model: Path, section: ModelConfig, dtype: torch.dtype, recipes: Sequ
         lowest = Path(scratch) / "config.yaml"
         lowest.write_text(yaml.safe_dump(own), encoding="utf-8")
         config = parse_config([f"--config={path}" for path in (lowest, *recipes)], "import_hf")
+    config.train.precision = own["train"]["precision"]  # it describes this folder; a run's own is its own
     wanted = dataclasses.asdict(config.model)
     for key in FIXED_KEYS:
         if wanted[key] != own["model"][key]:

@@ -200,7 +200,10 @@ def open_gguf(folder: Path, gguf_file: str) -> DenseModel:
         DSMoEError: not there, unreadable, or not of the Llama family.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    if not sys.stderr.isatty():  # no bar where nobody watches it
+        disable_progress_bar()
     path = folder / gguf_file
     if not path.is_file():
         raise ConfigurationError("--gguf-file", gguf_file, f"no such file in {folder}")

@@ -119,6 +119,9 @@ class TrainingRun:
     def _resume(self, identity: str) -> Progress:
         """Load the run's newest checkpoint, else the one that the recipe names, else start anew."""
         with raised_on_every_rank():
+            if (self.run_dir / "progress.json").is_file():  # a run there would begin again with it for ever
+                rule = "is a step folder, not a run's: name another, and give this one as checkpoint.load"
+                raise ConfigurationError("train.run_dir", str(self.run_dir), rule)
             folder = find_checkpoint(self.run_dir)
             if folder is None and self.config.checkpoint.load is not None:
                 folder = find_checkpoint(Path(self.config.checkpoint.load))

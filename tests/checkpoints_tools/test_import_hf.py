@@ -1,6 +1,7 @@
 """Import: a Hugging Face folder becomes a checkpoint that training loads under any layout; and back, bit for bit."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEErro
 from dsmoe_megatron.inference.configuration_dsmoe import DSMoEConfig
 from dsmoe_megatron.inference.modeling_dsmoe import DSMoEForCausalLM
 from dsmoe_megatron.tokenizers import load_tokenizer, save_huggingface
-from tests.pretrain_job import SmallData, pretrain_job, run_config, training_lines
+from tests.pretrain_job import SmallData, pretrain_job, refused_job, run_config, training_lines
 from tests.worker_pool import WorkerPool
 
 # as tests.training_jobs.tiny_config; the weights are large, so that a loss tells these from freshly initialised ones
@@ -230,6 +231,17 @@ def test_a_run_that_started_so_resumes_as_any_other(
     assert f"resumed from {tmp_path / 'checkpoints' / 'step_00000002'}" in printed
 
 
+def test_a_step_folder_is_no_run_folder(
+    worker_pool: WorkerPool, small_data: SmallData, imported: Path, tmp_path: Path
+) -> None:
+    """A run in it would write its checkpoints there and never find them again."""
+    shutil.copytree(imported, tmp_path / "step")
+
+    text = worker_pool.run(1, refused_job, run_config(small_data, tmp_path / "step"))[0]
+
+    assert "is a step folder, not a run's: name another, and give this one as checkpoint.load" in text
+
+
 def change_config(model: Path, **changes: Any) -> None:
     path = model / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -355,7 +367,9 @@ def test_a_recipe_adds_what_an_export_does_not_tell_and_denies_nothing(
     model: Path, small_data: SmallData, tmp_path: Path
 ) -> None:
     recipe, wrong = tmp_path / "recipe.yaml", tmp_path / "wrong.yaml"
-    recipe.write_text(f"model: {{mi_alpha_mlp: 0.01}}\ndata: {{tokenizer: {small_data.tokenizer}}}\n")
+    recipe.write_text(
+        f"model: {{mi_alpha_mlp: 0.01}}\ndata: {{tokenizer: {small_data.tokenizer}}}\ntrain: {{precision: bf16}}\n"
+    )
     wrong.write_text("model: {num_experts: 12}\n")
 
     import_model(model, tmp_path / "step", [recipe])
@@ -364,6 +378,7 @@ def test_a_recipe_adds_what_an_export_does_not_tell_and_denies_nothing(
 
     config = load_config(tmp_path / "step" / "config.yaml")
     assert (config.model.mi_alpha_mlp, config.data.tokenizer) == (0.01, small_data.tokenizer)
+    assert config.train.precision == "fp32"  # as the tensors are
     assert (config.model.expert_policy, config.model.expert_threshold) == ("threshold", 0.6)
 
 

@@ -11,7 +11,7 @@ import pytest
 from checkpoints_tools import export_hf, generate, import_hf, upcycle
 from checkpoints_tools import verify as verify_export
 from data_tools import blend, collect_local_corpus, inspect_dataset, preprocess, train_tokenizer, verify
-from docs.examples import clean_corpus, policy_curve
+from docs.examples import clean_corpus
 from dsmoe_megatron.config_parsing import parse_config
 from dsmoe_megatron.errors import ConfigurationError
 from dsmoe_megatron.evaluation.command import build_parser as build_evaluate_parser
@@ -37,7 +37,6 @@ PROGRAMS = {
     "-m dsmoe_megatron report": build_report_parser(),
     "checkpoints_tools/import_hf.py": import_hf.build_parser(),
     "checkpoints_tools/upcycle.py": upcycle.build_parser(),
-    "docs/examples/policy_curve.py": policy_curve.build_parser(),
 }
 
 
