@@ -27,8 +27,15 @@ BLOCK_BYTES = 4 << 20  # read at a time where the values are cut or converted on
 class MegatronTensors(Protocol):
     """A model's tensors under Megatron's names."""
 
-    def read(self, name: str, layer: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """A whole tensor, or one layer of a stacked one; converted, if a dtype is given."""
+    def read(
+        self,
+        name: str,
+        layer: int | None = None,
+        dtype: torch.dtype | None = None,
+        memory: Tensor | None = None,
+    ) -> Tensor:
+        """A whole tensor, or one layer of a stacked one; converted, if a dtype is given, and in the given memory, if the
+        source can make use of it."""
         ...
 
 
@@ -66,13 +73,21 @@ class DistributedCheckpoint:
         entries = self._metadata.state_dict_metadata.items()
         return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
-    def read(self, name: str, layer: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def read(
+        self,
+        name: str,
+        layer: int | None = None,
+        dtype: torch.dtype | None = None,
+        memory: Tensor | None = None,
+    ) -> Tensor:
         """A whole tensor, or one entry of its first axis; nothing else of it is kept in memory.
 
         Args:
             name: of the tensor.
             layer: entry of the first axis; None is all of them.
             dtype: to convert to while reading; None is the saved one.
+            memory: bytes to put it in where it fits, so that large tensors one after the other need no fresh pages,
+                which cost more than reading; None always takes fresh ones.
 
         Raises:
             CheckpointError: a file is missing or damaged, or the pieces do not make up the tensor.
@@ -87,7 +102,7 @@ class DistributedCheckpoint:
         items = create_read_items_for_chunk_list(name, entry, [wanted])
         if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
             raise CheckpointError(f"{self.folder}: the saved pieces of {name} do not make up the whole tensor")
-        target = torch.empty(sizes, dtype=dtype or entry.properties.dtype)
+        target = _empty(sizes, dtype or entry.properties.dtype, memory)
         try:
             for item in items:
                 self._read_piece(item, _narrowed(target, item.dest_offsets, item.lengths))
@@ -118,6 +133,13 @@ class DistributedCheckpoint:
             if begin + piece.nbytes > place.offset + place.length:
                 raise EOFError("the piece ends before its values do")
             _fill(target, file, begin, piece, list(item.storage_offsets))
+
+
+def _empty(sizes: Sequence[int], dtype: torch.dtype, memory: Tensor | None) -> Tensor:
+    nbytes = math.prod(sizes) * dtype.itemsize
+    if memory is None or nbytes > memory.numel():
+        return torch.empty(sizes, dtype=dtype)
+    return memory[:nbytes].view(dtype).view(sizes)
 
 
 def _narrowed(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:

@@ -37,6 +37,7 @@ from dsmoe_megatron.tokenizers import Tokenizer, load_tokenizer, save_huggingfac
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHARD_BYTES = 2_000_000_000
+REUSED_BYTES = 64 << 20  # twice: memory for tensors up to this size
 CODE_FILES = ("configuration_dsmoe.py", "expert_products.py", "modeling_dsmoe.py", "policy.py")
 
 
@@ -220,10 +221,12 @@ def _write_tensors(
 def _read_ahead(
     source: MegatronTensors, sources: Sequence[tuple[TensorRule, int | None]], dtype: torch.dtype
 ) -> Iterator[dict[str, Tensor]]:
-    """The exported tensors of each source; a thread reads the next ones while these are written."""
+    """The exported tensors of each source, valid until the next; a thread reads these while the last are written."""
+    memories = itertools.cycle([torch.empty(REUSED_BYTES, dtype=torch.uint8) for _ in range(2)])
 
     def read(rule: TensorRule, layer: int | None) -> dict[str, Tensor]:
-        return rule.to_exported(source.read(rule.megatron, layer, dtype), layer)
+        tensor = source.read(rule.megatron, layer, dtype, memory=next(memories))
+        return dict(zip(rule.exported_shapes(layer), rule.forward(tensor), strict=True))
 
     with ThreadPoolExecutor(max_workers=1) as thread:
         ahead = thread.submit(read, *sources[0])

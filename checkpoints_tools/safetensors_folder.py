@@ -145,7 +145,13 @@ class AsMegatron:
         self._tensors = tensors
         self._rules: dict[str, TensorRule] = {rule.megatron: rule for rule, _ in mapping}
 
-    def read(self, name: str, layer: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def read(
+        self,
+        name: str,
+        layer: int | None = None,
+        dtype: torch.dtype | None = None,
+        memory: Tensor | None = None,  # noqa: ARG002 (every tensor is made anew)
+    ) -> Tensor:
         """One layer of a Megatron tensor, or the whole of one that has no layers; converted, if a dtype is given."""
         rule = self._rules[name]
         parts = {exported: self._tensors.read(exported) for exported in rule.exported_shapes(layer)}

@@ -164,7 +164,13 @@ class WithUniformGates:
         self.std = section.initializer_range
         self.factors = {ATTENTION_OUTPUT: section.num_attention_experts, MLP_OUTPUT: section.num_experts}
 
-    def read(self, name: str, layer: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def read(
+        self,
+        name: str,
+        layer: int | None = None,
+        dtype: torch.dtype | None = None,
+        memory: Tensor | None = None,  # noqa: ARG002 (every tensor is made anew)
+    ) -> Tensor:
         """As the dense model's; in float32, where no dtype is given."""
         if ".router." in name:
             tensor = self._router(name, layer)
