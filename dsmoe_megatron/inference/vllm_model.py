@@ -32,7 +32,7 @@ class DSMoEDecoderLayer(nn.Module):
     def __init__(self, vllm_config: VllmConfig, config: DSMoEConfig, layer_index: int, prefix: str) -> None:
         super().__init__()
         self.self_attn = DSMoEAttention(vllm_config, config, layer_index, f"{prefix}.self_attn")
-        self.mlp = DSMoEMLP(config, layer_index, f"{prefix}.mlp")
+        self.mlp = DSMoEMLP(vllm_config, config, layer_index, f"{prefix}.mlp")
         self.input_layernorm = norm_layer(config)
         self.post_attention_layernorm = norm_layer(config)
 
@@ -122,6 +122,9 @@ class DSMoEForCausalLM(nn.Module):
                 check_tensor(name, tensor, shapes[name])
                 loaders[name](tensor)
         check_names(dict.fromkeys(found), shapes, "export")
+        for module in self.modules():
+            if isinstance(module, ActiveExperts):
+                module.pack()
         return {name for name, _ in self.named_parameters()}
 
     def _loaders(self, exported: Container[str]) -> Loaders:

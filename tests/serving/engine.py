@@ -19,11 +19,13 @@ BASE = reference.ReferenceConfig(
 GQA: dict[str, Any] = {"attention_type": "gqa", "num_attention_experts": 1}
 ARCHITECTURES = {
     "gelu moa": BASE,
-    "swiglu moa": dataclasses.replace(BASE, hidden_act="silu", gated_mlp=True),
+    # 32 units and more: vLLM's fused kernel; the other gated experts are computed one by one
+    "swiglu moa": dataclasses.replace(BASE, hidden_act="silu", gated_mlp=True, moe_intermediate_size=32),
     "silu, mlp router, layernorm, tied": dataclasses.replace(
         BASE, hidden_act="silu", router_type="mlp", norm_type="layernorm", tie_word_embeddings=True
     ),
     "geglu gqa": dataclasses.replace(BASE, **GQA, gated_mlp=True),
+    "fused geglu": dataclasses.replace(BASE, gated_mlp=True, moe_intermediate_size=64),
     "gelu gqa, mlp router": dataclasses.replace(BASE, **GQA, router_type="mlp"),
     "moa, plain MLP": dataclasses.replace(BASE, num_experts=1),
     "dense baseline": dataclasses.replace(BASE, **GQA, num_experts=1),
@@ -118,9 +120,7 @@ def vllm_answers(folder: Path, eager: bool, **overrides: Any) -> list[Answer]:
     return [
         Answer(
             list(output.token_ids),
-            torch.tensor(
-                [each[token].logprob for each, token in zip(output.logprobs, output.token_ids, strict=True)]
-            ),
+            torch.tensor([each[token].logprob for each, token in zip(output.logprobs, output.token_ids, strict=True)]),
         )
         for output in outputs
     ]
