@@ -97,7 +97,7 @@ def transformers_answers(folder: Path, **policy: Any) -> list[Answer]:
     return answers
 
 
-def vllm_answers(folder: Path, eager: bool, **overrides: Any) -> list[Answer]:
+def vllm_answers(folder: Path, eager: bool, ranks: int = 1, **overrides: Any) -> list[Answer]:
     """Greedy, all prompts in one batch, on an engine of its own."""
     from vllm import LLM, SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
@@ -109,6 +109,7 @@ def vllm_answers(folder: Path, eager: bool, **overrides: Any) -> list[Answer]:
         max_model_len=128,
         enforce_eager=eager,
         hf_overrides=overrides,
+        tensor_parallel_size=ranks,
         seed=0,
     )
     sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0, detokenize=False)

@@ -69,6 +69,13 @@ def test_compiled_vllm_equals_transformers(export: Callable[[str, str], Path], a
     assert_equal(vllm_answers(folder, eager=False), transformers_answers(folder))
 
 
+@pytest.mark.parametrize("policy", ["dense", "threshold"])
+def test_two_ranks_answer_as_one(export: Callable[[str, str], Path], policy: str) -> None:
+    folder = export("swiglu moa", policy)
+
+    assert_equal(vllm_answers(folder, eager=True, ranks=2), transformers_answers(folder))
+
+
 @pytest.mark.parametrize("architecture", ["gelu moa", "swiglu moa"])
 def test_what_a_wrong_server_would_answer_is_something_else(
     export: Callable[[str, str], Path], architecture: str
