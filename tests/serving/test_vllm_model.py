@@ -93,7 +93,7 @@ def test_what_a_wrong_server_would_answer_is_something_else(
 
 
 def test_the_policy_can_be_chosen_when_the_server_starts(export: Callable[[str, str], Path]) -> None:
-    policy = {"expert_policy": "topk", "num_experts_per_tok": 3}
+    policy: dict[str, Any] = {"expert_policy": "topk", "num_experts_per_tok": 3}
 
     actual = vllm_answers(export("gelu moa", "threshold"), eager=True, **policy)
 
