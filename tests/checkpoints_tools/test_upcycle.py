@@ -182,7 +182,9 @@ def tied_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 258, "tie_word_embeddings": True}))
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM, scaling: str = "none", **further: Tensor) -> None:
+def write_gguf(
+    path: Path, model: LlamaForCausalLM, scaling: str = "none", further: dict[str, Tensor] | None = None
+) -> None:
     """As llama.cpp's converter does: rows of queries and keys in pairs of rotated units, its own names."""
     from gguf import GGUFWriter, RopeScalingType, TokenType
 
@@ -206,7 +208,7 @@ def write_gguf(path: Path, model: LlamaForCausalLM, scaling: str = "none", **fur
     names = {"embed_tokens": "token_embd", "model.norm": "output_norm", "input_layernorm": "attn_norm"}
     names |= {"post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output", "self_attn.": "attn_"}
     names |= {"mlp.": "ffn_", "_proj": "", "model.layers": "blk", "model.": ""}
-    for name, tensor in {**dict(model.named_parameters()), **further}.items():
+    for name, tensor in {**dict(model.named_parameters()), **(further or {})}.items():
         for ours, theirs in names.items():
             name = name.replace(ours, theirs)
         values = tensor.detach()
@@ -236,9 +238,9 @@ def test_a_gguf_file_is_read(tied_llama: LlamaForCausalLM, tmp_path: Path) -> No
 
 
 def test_what_a_gguf_file_has_beyond_is_refused(tied_llama: LlamaForCausalLM, tmp_path: Path) -> None:
-    write_gguf(tmp_path / "bias.gguf", tied_llama, **{"blk.1.attn_q.bias": torch.ones(48)})
+    write_gguf(tmp_path / "bias.gguf", tied_llama, further={"blk.1.attn_q.bias": torch.ones(48)})
     write_gguf(tmp_path / "scaled.gguf", tied_llama, scaling="linear")
-    write_gguf(tmp_path / "frequencies.gguf", tied_llama, **{"rope_freqs.weight": torch.ones(4)})
+    write_gguf(tmp_path / "frequencies.gguf", tied_llama, further={"rope_freqs.weight": torch.ones(4)})
 
     for name, message in (
         ("bias", r"has blk\.1\.attn_q\.bias, which a DS-MoE has no place for"),
