@@ -9,6 +9,7 @@ projections are multiplied by N, which the gate takes out again.
 import argparse
 import dataclasses
 import hashlib
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,10 @@ from dsmoe_megatron.tokenizers import HuggingFaceTokenizer, Tokenizer, load_toke
 
 ATTENTION_OUTPUT = "decoder.layers.self_attention.linear_proj.weight"
 MLP_OUTPUT = "decoder.layers.mlp.linear_fc2.weight"
+# what a gguf file of a model that can be carried has
+GGUF_TENSORS = re.compile(
+    r"(token_embd|output_norm|output|blk\.\d+\.(attn_(q|k|v|output|norm)|ffn_(norm|gate|up|down)))\.weight"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,11 +220,26 @@ def open_gguf(folder: Path, gguf_file: str) -> DenseModel:
         raise ConfigurationError("--gguf-file", gguf_file, f"no such file in {folder}")
     options = {"gguf_file": gguf_file, "local_files_only": True}
     with _named_failures(path):
+        _check_gguf(path)
         config = AutoConfig.from_pretrained(folder, **options)
         section = dense_model_section(config, str(path))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
         tokenizer = HuggingFaceTokenizer(str(path), AutoTokenizer.from_pretrained(folder, **options))
     return DenseModel(section, LoadedTensors(model, str(path)), tokenizer, path.stem)
+
+
+def _check_gguf(path: Path) -> None:
+    """Refuse what transformers would leave out of a gguf file without a word: scaled rotary embeddings and biases."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    unknown = sorted(tensor.name for tensor in reader.tensors if not GGUF_TENSORS.fullmatch(tensor.name))
+    if unknown:
+        raise CheckpointError(f"{path}: has {', '.join(unknown[:5])}, which a DS-MoE has no place for")
+    scaling = {name: field.contents() for name, field in reader.fields.items() if ".rope.scaling." in name}
+    kinds = [value for name, value in scaling.items() if name.endswith(".type")]
+    if scaling and kinds != ["none"]:
+        raise CheckpointError(f"{path}: {scaling}: only unscaled rotary embeddings can be trained here")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -173,6 +174,81 @@ def test_other_architectures_are_refused(dense: Path, small_data: SmallData, tmp
     ):
         with pytest.raises(DSMoEError, match=message):
             upcycle(folder, tmp_path / "again", Mixture(num_experts=8))
+
+
+@pytest.fixture
+def tied_llama() -> LlamaForCausalLM:
+    torch.manual_seed(2)
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 258, "tie_word_embeddings": True}))
+
+
+def write_gguf(
+    path: Path, model: LlamaForCausalLM, scaling: str = "none", further: dict[str, Tensor] | None = None
+) -> None:
+    """As llama.cpp's converter does: rows of queries and keys in pairs of rotated units, its own names."""
+    from gguf import GGUFWriter, RopeScalingType, TokenType
+
+    config, writer = model.config, GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_scaling_type(RopeScalingType(scaling))
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "<|endoftext|>"]
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.NORMAL] * 257 + [TokenType.CONTROL])
+    writer.add_token_merges(["t h"])
+    writer.add_eos_token_id(257)
+    names = {"embed_tokens": "token_embd", "model.norm": "output_norm", "input_layernorm": "attn_norm"}
+    names |= {"post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output", "self_attn.": "attn_"}
+    names |= {"mlp.": "ffn_", "_proj": "", "model.layers": "blk", "model.": ""}
+    for name, tensor in {**dict(model.named_parameters()), **(further or {})}.items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        values = tensor.detach()
+        heads = {"attn_q.weight": config.num_attention_heads, "attn_k.weight": config.num_key_value_heads}
+        for ending, number in heads.items():
+            if name.endswith(ending):
+                values = values.unflatten(0, (number, 2, -1)).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(name, values.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_read(tied_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", tied_llama)
+
+    upcycle(tmp_path, tmp_path / "model", Mixture(num_experts=8), gguf_file="model.gguf")
+
+    model = DSMoEForCausalLM.from_pretrained(tmp_path / "model").eval()
+    ids = torch.randint(0, 258, (2, 30), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        expected = tied_llama.eval()(ids).logits
+        assert float((model(ids).logits - expected).abs().max() / expected.abs().max()) < 1e-5
+    tokenizer = load_tokenizer(str(tmp_path / "model"))
+    assert (tokenizer.vocab_size, tokenizer.end_of_document_id, tokenizer.encode("th")) == (258, 257, [256])
+
+
+def test_what_a_gguf_file_has_beyond_is_refused(tied_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "bias.gguf", tied_llama, further={"blk.1.attn_q.bias": torch.ones(48)})
+    write_gguf(tmp_path / "scaled.gguf", tied_llama, scaling="linear")
+    write_gguf(tmp_path / "frequencies.gguf", tied_llama, further={"rope_freqs.weight": torch.ones(4)})
+
+    for name, message in (
+        ("bias", r"has blk\.1\.attn_q\.bias, which a DS-MoE has no place for"),
+        ("scaled", r"rope\.scaling\.type': 'linear'.*only unscaled"),
+        ("frequencies", r"has rope_freqs\.weight"),
+    ):
+        with pytest.raises(DSMoEError, match=message):
+            upcycle(tmp_path, tmp_path / "model", Mixture(num_experts=8), gguf_file=f"{name}.gguf")
 
 
 def test_a_gguf_that_is_none_is_one_line(dense: Path, tmp_path: Path) -> None:
