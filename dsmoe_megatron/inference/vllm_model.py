@@ -7,15 +7,13 @@ from typing import Any, cast
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from dsmoe_megatron.errors import CheckpointError, ConfigurationError
+from dsmoe_megatron.errors import CheckpointError
 from dsmoe_megatron.inference.configuration_dsmoe import DSMoEConfig
-from dsmoe_megatron.inference.policy import ExpertPolicy
 from dsmoe_megatron.inference.tensor_mapping import TensorMapping, check_names
 from dsmoe_megatron.inference.vllm_layers import ActiveExperts, DSMoEAttention, DSMoEMLP, EveryExpert, Loaders
 
@@ -73,16 +71,11 @@ class DSMoEModel(nn.Module):
 
 
 class DSMoEForCausalLM(nn.Module):
-    """The decoder with its output layer.
-
-    Raises:
-        ConfigurationError: the policy or the parallel layout cannot be served.
-    """
+    """The decoder with its output layer. vllm_plugin.py has checked the configuration."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config: DSMoEConfig = vllm_config.model_config.hf_config
-        check_servable(self.config)
         self.model = DSMoEModel(vllm_config=vllm_config, prefix=f"{prefix}.model".lstrip("."))
         if self.config.tie_word_embeddings:
             self.lm_head = self.model.embed_tokens
@@ -138,21 +131,6 @@ class DSMoEForCausalLM(nn.Module):
             if isinstance(module, DSMoEAttention | EveryExpert | ActiveExperts):
                 loaders |= {f"{prefix}.{name}": load for name, load in module.loaders().items()}
         return loaders
-
-
-def check_servable(config: DSMoEConfig) -> None:
-    """What a server cannot honour is refused before anything is loaded."""
-    policy = ExpertPolicy.from_config(config)
-    config.check_policy(policy)  # --hf-overrides changes the configuration after its own checks
-    if policy.expert_policy == "threshold_topk":
-        rule = "depends on the other requests of the batch and is for evaluation only; serve dense, topk or threshold"
-        raise ConfigurationError("expert_policy", policy.expert_policy, rule)
-    ranks = get_tensor_model_parallel_world_size()
-    cut = {"num_experts": config.num_experts > 1, "num_key_value_heads": config.attention_type == "moa"}
-    for key in (key for key, is_cut in cut.items() if is_cut):
-        value = getattr(config, key)
-        if value % ranks:
-            raise ConfigurationError("--tensor-parallel-size", ranks, f"must divide {key} = {value}")
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

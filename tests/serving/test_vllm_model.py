@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dsmoe_megatron.errors import ConfigurationError
 from tests.serving.engine import (
     ARCHITECTURES,
     POLICIES,
@@ -105,12 +106,13 @@ def test_the_policy_can_be_chosen_when_the_server_starts(export: Callable[[str, 
     [
         ({"expert_policy": "threshold_topk"}, "expert_policy = 'threshold_topk': .*evaluation only"),
         ({"expert_policy": "topk", "num_experts_per_tok": 99}, "num_experts_per_tok = 99: must be a whole number"),
+        ({"ranks": 3}, "--tensor-parallel-size = 3: must divide num_experts = 8"),
     ],
 )
-def test_a_policy_that_cannot_be_served_is_refused_in_one_line(
+def test_what_cannot_be_served_is_refused_in_one_line(
     export: Callable[[str, str], Path], overrides: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ConfigurationError, match=message):
         vllm_answers(export("gelu moa", "threshold"), eager=True, **overrides)
 
 
