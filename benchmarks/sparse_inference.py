@@ -266,8 +266,8 @@ def measure(arguments: Namespace) -> dict[str, Any]:
                 policies: tuple[PolicyName, ...] = ("topk", "threshold")
                 for policy, scenario in itertools.product(policies, SCENARIOS):
                     if scenario.name in arguments.scenarios:
-                        print(f"{dtype}, {units} units, gated: {gated}, {policy}, {scenario.name}", file=sys.stderr)
                         rows.append(measure_scenario(model, llama, policy, scenario, arguments.repeats))
+                        print(f"{dtype}, {units} units, gated: {gated}, {rows[-1]}", file=sys.stderr)
                 report["models"].append({"dtype": dtype, "gated": gated, "units": units, "rows": rows})
     return report
 
