@@ -1,12 +1,13 @@
 """One matrix product per active expert: the fast way on a CPU. It travels with the export: torch and transformers only.
 
-transformers' `grouped_mm` writes out a row for every (token, expert) pair before and after each product; here an
-expert's rows stay in the cache, and its weights are read where they lie.
+transformers' `grouped_mm` needs the weights transposed and the rows of all pairs at once; here weights are read where they
+lie, and the pairs of a prompt go through in batches that fit the cache.
 Shape suffixes: T tokens, K active experts of a token, P active (token, expert) pairs, N experts, H hidden size, F units
 of one expert, O and I a weight's rows and columns.
 """
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ PER_EXPERT = "per_expert"
 """Name of this implementation among transformers' own: `set_experts_implementation("per_expert")`."""
 
 FEW_ROWS, FEW_BFLOAT16_ROWS = 64, 4
+PAIRS_OF_A_BATCH = 1024
 
 
 def per_expert_forward(experts: Any, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -61,15 +63,34 @@ def sum_over_pairs(experts: Any, hidden_TH: Tensor, token_P: Tensor, expert_P: T
     # float32 sums: a token may have many experts
     output_TH = torch.zeros_like(hidden_TH, dtype=torch.promote_types(hidden_TH.dtype, torch.float32))
     order_P, counts_N = by_expert(expert_P, len(up_NFH))
-    tokens = token_P[order_P].split(counts_N)
-    weights = weight_P[order_P].unsqueeze(-1).split(counts_N)
-    for expert, count in enumerate(counts_N):
-        if count:
-            units_PF = experts.activate(linear(hidden_TH.index_select(0, tokens[expert]), up_NFH[expert]))
-            weighted_PF = (units_PF * weights[expert]).to(hidden_TH.dtype)
-            output_PH = linear(weighted_PF, down_NHF[expert])
-            output_TH.index_add_(0, tokens[expert], output_PH.to(output_TH.dtype))
+    token_P, weight_P = token_P[order_P], weight_P[order_P].unsqueeze(-1)
+    for chosen, pairs in batches_of_experts(counts_N):
+        counts = [counts_N[expert] for expert in chosen]
+        inputs = hidden_TH.index_select(0, token_P[pairs]).split(counts)
+        projected_P = torch.cat([linear(rows, up_NFH[expert]) for expert, rows in zip(chosen, inputs, strict=True)])
+        units = (experts.activate(projected_P) * weight_P[pairs]).to(hidden_TH.dtype).split(counts)
+        output_PH = torch.cat([linear(rows, down_NHF[expert]) for expert, rows in zip(chosen, units, strict=True)])
+        output_TH.index_add_(0, token_P[pairs], output_PH.to(output_TH.dtype))
     return output_TH.to(hidden_TH.dtype)
+
+
+def batches_of_experts(counts_N: Sequence[int]) -> Iterator[tuple[list[int], slice]]:
+    """Experts that have pairs, in batches of at most PAIRS_OF_A_BATCH pairs or one expert, each with its pairs' place.
+
+    What is not a product is done once a batch: for the single rows of a decoding step such calls cost more than the
+    products, while a whole prompt's pairs at once would leave the cache.
+    """
+    chosen: list[int] = []
+    start = end = 0
+    for expert, count in enumerate(counts_N):
+        if chosen and end - start + count > PAIRS_OF_A_BATCH:
+            yield chosen, slice(start, end)
+            chosen, start = [], end
+        if count:
+            chosen.append(expert)
+            end += count
+    if chosen:
+        yield chosen, slice(start, end)
 
 
 def sum_of_all(units_TNF: Tensor, weight_NHF: Tensor) -> Tensor:
