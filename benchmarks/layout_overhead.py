@@ -32,7 +32,8 @@ from benchmarks.measuring import (
 )
 from dsmoe_megatron.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from dsmoe_megatron.config_rules import check_config
-from dsmoe_megatron.runtime.distributed import end_with_parent, model_parallel_groups, prepare_device
+from dsmoe_megatron.runtime.distributed import model_parallel_groups, prepare_device
+from dsmoe_megatron.runtime.processes import end_with_parent
 
 REFERENCE = "DP2"
 LAYOUTS = {

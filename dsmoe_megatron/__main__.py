@@ -9,6 +9,7 @@ from typing import NamedTuple
 from dsmoe_megatron.config_parsing import parse_config, parse_verb
 from dsmoe_megatron.config_rules import check_config
 from dsmoe_megatron.errors import ConfigurationError, DSMoEError, exit_with
+from dsmoe_megatron.runtime.processes import end_with_parent
 
 PROGRAM = "dsmoe-megatron"
 # torchrun ends all ranks as soon as one of them has failed: rank 0, which speaks for all, must not be the second
@@ -43,6 +44,8 @@ def _usage() -> str:
 
 
 def _pretrain(arguments: Sequence[str]) -> None:
+    if "MASTER_ADDR" in os.environ:  # started by torchrun, which may die while libraries load
+        end_with_parent()
     config = parse_config(arguments, f"{PROGRAM} pretrain")
     check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
 

@@ -15,6 +15,9 @@ python=${DSMOE_PYTHON:-$root/.venv/bin/python}
 if [[ ! -x $python && -z ${DSMOE_PYTHON:-} ]]; then python=python3; fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # found without an installation, whatever the working directory
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# torchrun hands these on, and then gives the ranks this long [s] to finish a step and save before it kills them
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-600}
 # megatron-core overlaps communication with computation in the order of their launch
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 verb=(dsmoe_megatron pretrain --config "$recipe" "$@")

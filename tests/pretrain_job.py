@@ -3,11 +3,15 @@
 import contextlib
 import io
 import json
+import os
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsmoe_megatron.config import Config, DataConfig, DatasetSource, EvaluationConfig, PolicyConfig
+from dsmoe_megatron.runtime.processes import StopSignals
 from tests.training_jobs import tiny_config
 
 
@@ -47,7 +51,7 @@ def run_config(small_data: SmallData, run_dir: Path, /, **sections: dict[str, An
     return config
 
 
-def pretrain_job(config: Config) -> str:
+def pretrain_job(config: Config, stop_signals: StopSignals | None = None) -> str:
     """Train; returns what the run printed on this rank."""
     import torch
 
@@ -60,8 +64,27 @@ def pretrain_job(config: Config) -> str:
         run_dir = Path(config.train.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         with model_parallel_groups(config.parallel, config.train.seed):
-            TrainingRun(config, torch.device("cpu"), tokenizer, run_dir).train()
+            TrainingRun(config, torch.device("cpu"), tokenizer, run_dir, stop_signals or StopSignals()).train()
     return printed.getvalue()
+
+
+def stopped_job(config: Config, rank: int, number: int, after_step: int, times: int) -> str:
+    """Train; when the metrics show a step, one rank sends itself the signal, and again until the end."""
+    import torch.distributed as dist
+
+    def send() -> None:
+        metrics = Path(config.train.run_dir) / "metrics.jsonl"
+        while after_step and not (metrics.is_file() and f'"step": {after_step},' in metrics.read_text()):
+            time.sleep(0.001)
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)
+
+    stop_signals = StopSignals()
+    stop_signals.listen()
+    if dist.get_rank() == rank:
+        threading.Thread(target=send, daemon=True).start()
+    return pretrain_job(config, stop_signals)
 
 
 def refused_job(config: Config) -> str:

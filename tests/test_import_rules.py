@@ -68,6 +68,7 @@ ALLOWED_OF_OTHERS = {
     "dsmoe_megatron.config_rules": [],
     "dsmoe_megatron.run_folder": [],
     "dsmoe_megatron.output_file": [],
+    "dsmoe_megatron.runtime.processes": [],
     "dsmoe_megatron.planning": [],
     "dsmoe_megatron.planning.hardware": ["yaml"],
     "dsmoe_megatron.planning.presentation": ["matplotlib"],

@@ -79,7 +79,7 @@ class _Worker:
 def _work(
     connection: Connection, rank: int, world_size: int, store: str, job: Callable[..., Any], arguments: Sequence[Any]
 ) -> None:
-    from dsmoe_megatron.runtime.distributed import end_with_parent
+    from dsmoe_megatron.runtime.processes import end_with_parent
 
     end_with_parent()  # not a daemon, which could not start the processes that write checkpoints
     try:

@@ -1,13 +1,11 @@
 """Where the code meets the machine: device, process groups, seeds, and an end on every rank."""
 
 import contextlib
-import ctypes
 import datetime
 import hashlib
 import logging
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Iterator
 
@@ -16,6 +14,7 @@ import torch.distributed as dist
 
 from dsmoe_megatron.config import ParallelConfig
 from dsmoe_megatron.errors import DSMoEError
+from dsmoe_megatron.runtime.processes import StopSignals, end_with_parent
 
 
 def prepare_device() -> torch.device:
@@ -39,18 +38,6 @@ def prepare_device() -> torch.device:
 
     answer_cuda_assumptions()
     return torch.device("cpu")
-
-
-def end_with_parent() -> None:
-    """Ask the kernel to end this process when its parent ends.
-
-    torchrun starts its workers in sessions of their own: when it is killed they would live on, holding devices and
-    the run folder. Linux only (prctl PR_SET_PDEATHSIG); elsewhere nothing is asked.
-    """
-    if sys.platform != "linux":
-        return
-    set_parent_death_signal = 1
-    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -133,6 +120,13 @@ def seed_dropout(seed: int, step: int) -> None:
     step_seed = int.from_bytes(digest[:4], "big") >> 1
     torch.manual_seed(step_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(step_seed, force_reset_rng=True)
+
+
+def agreed_stop(signals: StopSignals) -> str | None:
+    """Name of the stop signal that any rank has received; every rank calls this at the same place and gets the same."""
+    received = torch.tensor(signals.received)
+    dist.all_reduce(received, op=dist.ReduceOp.MAX)
+    return signal.Signals(int(received)).name if received else None
 
 
 @contextlib.contextmanager

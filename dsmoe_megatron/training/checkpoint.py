@@ -24,7 +24,7 @@ from dsmoe_megatron.config import Config, ModelConfig
 from dsmoe_megatron.config_parsing import load_config, save_config
 from dsmoe_megatron.errors import CheckpointError, TrainingError
 from dsmoe_megatron.run_folder import LATEST, Progress, read_progress, step_folder_name
-from dsmoe_megatron.runtime.distributed import end_with_parent
+from dsmoe_megatron.runtime.processes import serve_this_rank
 from dsmoe_megatron.training.engines.megatron import MegatronEngine
 
 # what reading and writing shards raise; torch's CheckpointException derives from BaseException
@@ -105,7 +105,7 @@ def _end_writer_with_this_process() -> None:
     killed rank, with hundreds of megabytes."""
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(initializer=end_with_parent)
+        manager.start(initializer=serve_this_rank)
         filesystem_async._results_queue = manager.Queue()
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from dsmoe_megatron.config import Config, DatasetSource
 from dsmoe_megatron.errors import DataError
 from dsmoe_megatron.runtime.distributed import raised_on_every_rank
+from dsmoe_megatron.runtime.processes import serve_this_rank
 from dsmoe_megatron.tokenizers import Tokenizer
 from dsmoe_megatron.training.blends import blends_of
 from dsmoe_megatron.training.engines.megatron import Batch
@@ -170,6 +171,7 @@ def global_batches(
         num_workers=config.data.num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.data.num_workers > 0,
+        worker_init_fn=serve_this_rank,
     )
     micro_batches: list[Batch] = []
     for micro_batch in loader:

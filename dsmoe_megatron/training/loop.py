@@ -16,11 +16,13 @@ from dsmoe_megatron.errors import CheckpointError, ConfigurationError, TrainingE
 from dsmoe_megatron.planning.parameters import count_parameters
 from dsmoe_megatron.run_folder import Progress, find_checkpoint
 from dsmoe_megatron.runtime.distributed import (
+    agreed_stop,
     model_parallel_groups,
     process_group,
     raised_on_every_rank,
     seed_dropout,
 )
+from dsmoe_megatron.runtime.processes import StopSignals
 from dsmoe_megatron.tokenizers import Tokenizer, load_tokenizer
 from dsmoe_megatron.training.blends import cache_dir_of
 from dsmoe_megatron.training.checkpoint import (
@@ -34,6 +36,7 @@ from dsmoe_megatron.training.data import build_datasets, check_datasets, data_id
 from dsmoe_megatron.training.engines.megatron import Batch, MegatronEngine, StepResult
 from dsmoe_megatron.training.expert_use import expert_use, mutual_information_losses
 from dsmoe_megatron.training.metrics import MetricsWriter, progress_line, validation_line
+from dsmoe_megatron.training.run_lock import one_job_in
 from dsmoe_megatron.training.validation import validate
 
 
@@ -47,13 +50,15 @@ def pretrain(config: Config, device: torch.device) -> None:
     Raises:
         DSMoEError: one of the named errors, on every rank.
     """
+    stop_signals = StopSignals()
+    stop_signals.listen()
     with process_group(device, config.train.timeout_minutes):
         run_dir = Path(config.train.run_dir)
         with raised_on_every_rank():
             tokenizer = open_data(config)
             _make_run_dir(run_dir, config)
-        with model_parallel_groups(config.parallel, config.train.seed):
-            run = TrainingRun(config, device, tokenizer, run_dir)
+        with one_job_in(run_dir), model_parallel_groups(config.parallel, config.train.seed):
+            run = TrainingRun(config, device, tokenizer, run_dir, stop_signals)
             run.train()
 
 
@@ -96,10 +101,13 @@ class TrainingRun:
         device: of this rank.
         tokenizer: of the data.
         run_dir: exists.
+        stop_signals: end the run early when one has come.
     """
 
-    def __init__(self, config: Config, device: torch.device, tokenizer: Tokenizer, run_dir: Path) -> None:
-        self.config, self.run_dir = config, run_dir
+    def __init__(
+        self, config: Config, device: torch.device, tokenizer: Tokenizer, run_dir: Path, stop_signals: StopSignals
+    ) -> None:
+        self.config, self.run_dir, self.stop_signals = config, run_dir, stop_signals
         self.engine = MegatronEngine(config, device)
         self.rank = parallel_state.get_data_parallel_rank()
         self.ranks = parallel_state.get_data_parallel_world_size()
@@ -148,13 +156,20 @@ class TrainingRun:
         return progress
 
     def train(self) -> None:
-        """Take the steps that are left; validate, log and save on the way and at the end."""
+        """Take the steps that are left; validate, log and save on the way and at the end.
+
+        A stop signal ends it after the step that is under way, with a checkpoint and without validation.
+        """
         config, progress = self.config, self.progress
         if progress.step >= config.train.steps:
             self._say(
                 f"{self.run_dir} already has {progress.step} of train.steps = {config.train.steps} steps: nothing to do"
             )
             return
+        if self._stops():
+            return
+        if progress.step and self._is_due(config.evaluation.interval, False) and not self._is_validated():
+            self._validate()
         batches = global_batches(self.train_data, config, self.rank, self.ranks, progress.consumed_samples)
         clock = _Clock()
         for micro_batches in batches:
@@ -163,17 +178,31 @@ class TrainingRun:
             last = progress.step == config.train.steps
             if self._is_logged(progress.step):
                 self._log(result, clock.mean_step_time())
-            if self._is_due(config.evaluation.interval, last):
+            stops = self._stops()
+            # what a stopped run leaves out, the next start makes up for
+            if last or (self._is_due(config.evaluation.interval, last) and not stops):
                 self._validate()
-            if self._is_due(config.checkpoint.interval, last):
+                stops = stops or self._stops()
+            if self._is_due(config.checkpoint.interval, last or stops):
                 started = time.perf_counter()
                 folder = save_checkpoint(self.engine, config, progress, self.run_dir)
                 self._say(f"saved {folder} in {time.perf_counter() - started:.1f} s")
             clock.go_on()
-            if last:
+            if last or stops:
                 break
         if self.metrics is not None:
             self.metrics.close()
+
+    def _stops(self) -> bool:
+        """Whether a stop signal has come, to whichever rank."""
+        name = agreed_stop(self.stop_signals)
+        if name is not None:
+            self._say(f"{name}: stops after step {self.progress.step}; the same command goes on from there")
+        return name is not None
+
+    def _is_validated(self) -> bool:
+        line = self.progress.last_validation
+        return line is not None and line["step"] == self.progress.step
 
     def _is_logged(self, step: int) -> bool:
         first = self.progress.first is None

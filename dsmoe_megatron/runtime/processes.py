@@ -1,0 +1,59 @@
+"""When processes end: ranks with torchrun, their helpers with them, and everything orderly on a signal to stop.
+
+SIGTERM is what torchrun hands on and what schedulers send before they kill; SIGUSR1 is what a SLURM job can ask for
+some minutes ahead (`#SBATCH --signal=B:USR1@300`).
+"""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+PR_SET_PDEATHSIG = 1
+
+
+class StopSignals:
+    """Remembers that a signal to stop has come.
+
+    A handler does nothing else, so that it may come at any moment: during data preparation, validation, a save, or a
+    second time.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def listen(self) -> None:
+        """Take the signals from now until the process ends: the second of two must not kill what the first began."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self.received = number
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends; end at once if it has ended already.
+
+    torchrun starts its workers in sessions of their own: when it is killed they would live on, holding devices and
+    the run folder. Linux only (prctl PR_SET_PDEATHSIG); elsewhere nothing is asked.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    started_by = multiprocessing.parent_process()  # None unless Python started this process
+    if os.getppid() != parent or not (started_by is None or started_by.is_alive()):
+        os._exit(1)
+
+
+def serve_this_rank(_number: int = 0) -> None:
+    """For the start of a rank's helper processes (data loaders, checkpoint writers): end with the rank, not before it.
+
+    Schedulers send stop signals to all processes of a job at once, and a rank needs its helpers for its last save.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
