@@ -197,7 +197,7 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with a cosine schedule."""
+    """AdamW and the schedule of its learning rate."""
 
     lr: float = 3e-4
     """Peak learning rate."""
@@ -215,8 +215,26 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 switches clipping off."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up: a cosine from lr to min_lr, or lr held and then decayed (warm-up, stable, decay)."""
     decay_steps: int | None = None
     """Step at which min_lr is reached; null is train.steps."""
+    wsd_decay_steps: int | None = None
+    """Steps of wsd's decay, the last before decay_steps; null is a tenth of decay_steps, at least 1."""
+    wsd_decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
+    """Fall from lr to min_lr at share x of wsd's decay: 1 - x, (1 + cos(pi x)) / 2, 2 x 0.5^x - 1 or 1 - sqrt(x)."""
+
+
+@dataclass
+class RampUpConfig:
+    """Batches that grow to train.global_batch_size; all three keys, or none."""
+
+    start_batch_size: int | None = None
+    """Samples of the first steps over all ranks; null trains with train.global_batch_size from the first step on."""
+    increment: int | None = None
+    """Samples that a batch grows by each time."""
+    samples: int | None = None
+    """Samples of the whole ramp; every size before the full one takes an equal share of them."""
 
 
 @dataclass
@@ -233,6 +251,8 @@ class TrainConfig:
     """Samples of one forward pass on one data-parallel rank."""
     global_batch_size: int = 8
     """Samples of one optimizer step over all ranks."""
+    ramp_up: RampUpConfig = field(default_factory=RampUpConfig)
+    """Smaller batches at the beginning."""
     sequence_length: int = 256
     """Tokens of one sample."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -257,6 +277,20 @@ class CheckpointConfig:
 
 
 @dataclass
+class WandbConfig:
+    """Weights & Biases; the key is read from the environment or from `wandb login`, never from a recipe."""
+
+    project: str | None = None
+    """Project that the run is shown in; null does without Weights & Biases."""
+    entity: str | None = None
+    """User or team; null is the key's own."""
+    name: str | None = None
+    """Name of the run; null is that of the run folder."""
+    offline: bool = False
+    """Write into run_dir/wandb alone, to be sent later by `wandb sync`."""
+
+
+@dataclass
 class LoggingConfig:
     """What the run says of itself."""
 
@@ -264,6 +298,8 @@ class LoggingConfig:
     """Steps between lines of metrics.jsonl, TensorBoard points and progress lines."""
     tensorboard: bool = True
     """Write TensorBoard event files into run_dir/tensorboard."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
     expert_use: bool = True
     """Write per-layer expert use: share of mean probability, entropies, active experts at the recipe's eps."""
 

@@ -7,7 +7,8 @@ import math
 from operator import attrgetter
 from typing import Any, NoReturn
 
-from dsmoe_megatron.config import Config, ModelConfig, PolicyConfig
+from dsmoe_megatron.batch_ramp import batch_sizes
+from dsmoe_megatron.config import Config, ModelConfig, OptimizerConfig, PolicyConfig
 from dsmoe_megatron.errors import ConfigurationError
 
 AT_LEAST_ONE = (
@@ -32,9 +33,13 @@ AT_LEAST_ONE = (
     "parallel.expert_tensor",
     "parallel.context",
     "optimizer.decay_steps",
+    "optimizer.wsd_decay_steps",
     "train.steps",
     "train.micro_batch_size",
     "train.global_batch_size",
+    "train.ramp_up.start_batch_size",
+    "train.ramp_up.increment",
+    "train.ramp_up.samples",
     "train.sequence_length",
     "checkpoint.interval",
     "logging.interval",
@@ -199,9 +204,21 @@ def _check_schedule(config: Config) -> None:
     if optimizer.warmup_steps >= decay_steps:
         rule = f"must be below optimizer.decay_steps (null: train.steps), {decay_steps}"
         _refuse(config, "optimizer.warmup_steps", rule)
+    if optimizer.schedule == "wsd":
+        most = decay_steps - optimizer.warmup_steps
+        if wsd_decay_steps(optimizer, config.train.steps) > most:
+            rule = f"with optimizer.schedule wsd the decay must fit between warm-up and end, {most} steps"
+            _refuse(config, "optimizer.wsd_decay_steps", rule)
+    elif optimizer.wsd_decay_steps is not None:
+        _refuse(config, "optimizer.wsd_decay_steps", "needs optimizer.schedule wsd; leave it null")
     longest = config.model.max_position_embeddings
     if config.train.sequence_length > longest:
         _refuse(config, "train.sequence_length", f"must not be above model.max_position_embeddings, {longest}")
+
+
+def wsd_decay_steps(optimizer: OptimizerConfig, steps: int) -> int:
+    """Steps of the last phase of schedule wsd in a run of `steps` steps."""
+    return optimizer.wsd_decay_steps or max(1, (optimizer.decay_steps or steps) // 10)
 
 
 def _check_tensor_parallel(config: Config) -> None:
@@ -300,19 +317,47 @@ def _check_pipeline(config: Config) -> None:
 
 
 def _check_batch(config: Config, data_parallel: int) -> None:
+    _check_ramp_up(config)
+    for size in batch_sizes(config.train):
+        # the full size is the last: what breaks at a smaller one is the ramp's fault
+        _check_batch_size(config, size, data_parallel)
+
+
+def _check_ramp_up(config: Config) -> None:
+    full, ramp_up = config.train.global_batch_size, config.train.ramp_up
+    missing = [key for key in ("start_batch_size", "increment", "samples") if getattr(ramp_up, key) is None]
+    if missing and len(missing) < 3:
+        _refuse(config, f"train.ramp_up.{missing[0]}", "must be set: a ramp needs start_batch_size, increment, samples")
+    if ramp_up.start_batch_size is None or ramp_up.increment is None:
+        return
+    if ramp_up.start_batch_size >= full:
+        _refuse(config, "train.ramp_up.start_batch_size", f"must be below train.global_batch_size, {full}")
+    growth = full - ramp_up.start_batch_size
+    if growth % ramp_up.increment:
+        rule = f"must divide train.global_batch_size - start_batch_size = {growth}"
+        _refuse(config, "train.ramp_up.increment", rule)
+
+
+def _check_batch_size(config: Config, size: int, data_parallel: int) -> None:
+    """A batch is cut evenly into micro-batches of all replicas."""
     train, parallel = config.train, config.parallel
+    key, batch = "train.global_batch_size", "global_batch_size"
+    if size < train.global_batch_size:
+        first = size == train.ramp_up.start_batch_size
+        key = f"train.ramp_up.{'start_batch_size' if first else 'increment'}"
+        batch = f"the ramp's batch of {size}"
     samples = train.micro_batch_size * data_parallel
-    if train.global_batch_size % samples:
-        size = f"micro_batch_size x data-parallel size = {train.micro_batch_size} x {data_parallel}"
-        rule = f"must be divisible by {size}"
-        _refuse(config, "train.global_batch_size", rule)
-    micro_batches = train.global_batch_size // samples
+    if size % samples:
+        whose = "" if size == train.global_batch_size else f"{batch} "
+        rule = f"{whose}must be divisible by micro_batch_size x data-parallel size = {train.micro_batch_size} x "
+        _refuse(config, key, f"{rule}{data_parallel}")
+    micro_batches = size // samples
     if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
         rule = (
-            f"{micro_batches} micro-batches per replica (global_batch_size / (micro_batch_size x data-parallel size)) "
+            f"{micro_batches} micro-batches per replica ({batch} / (micro_batch_size x data-parallel size)) "
             f"must be divisible by pipeline = {parallel.pipeline} with virtual_pipeline > 1"
         )
-        _refuse(config, "train.global_batch_size", rule)
+        _refuse(config, key, rule)
 
 
 def _check_data(config: Config) -> None:

@@ -22,6 +22,7 @@ SPARSE_BASELINE = {
     "model.num_attention_experts": 1,
     "model.expert_training": "sparse",
 }
+RAMP = {"train.ramp_up.start_batch_size": 4, "train.ramp_up.increment": 2, "train.ramp_up.samples": 24}
 
 
 def recipe(changes: dict[str, Any]) -> Config:
@@ -56,6 +57,8 @@ def recipe(changes: dict[str, Any]) -> Config:
         (4, {"model.num_experts": 6, "parallel.expert": 4}),  # 6 x 128 units over 4 ranks: experts are cut
         (3, {"parallel.tensor": 3, "model.num_key_value_heads": 3, "model.num_attention_heads": 12}
             | {"model.num_experts": 6, "model.vocab_size": 300}),  # 384 rows
+        (2, RAMP),
+        (1, {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 60, "optimizer.wsd_decay_steps": 40}),
         (1, DENSE_BASELINE),
         (2, DENSE_BASELINE | {"parallel.tensor": 2}),
         (2, SPARSE_BASELINE | {"parallel.expert": 2}),
@@ -158,6 +161,20 @@ def test_a_single_value_that_cannot_be_is_refused(key: str, value: float, rule: 
             "train.global_batch_size", "3 micro-batches per replica"),
         (3, {}, "train.global_batch_size", "1 x 3"),
         (2, {"train.micro_batch_size": 3}, "train.global_batch_size", "3 x 2"),
+        (1, {"optimizer.wsd_decay_steps": 5}, "optimizer.wsd_decay_steps", "needs optimizer.schedule wsd"),
+        (1, {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 60, "optimizer.wsd_decay_steps": 41},
+            "optimizer.wsd_decay_steps", "between warm-up and end, 40 steps"),
+        (1, {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 91}, "optimizer.wsd_decay_steps", "9 steps"),
+        (1, {"train.ramp_up.start_batch_size": 4}, "train.ramp_up.increment", "must be set"),
+        (1, {"train.ramp_up.increment": 4}, "train.ramp_up.start_batch_size", "must be set"),
+        (1, RAMP | {"train.ramp_up.start_batch_size": 8}, "train.ramp_up.start_batch_size", "below"),
+        (1, RAMP | {"train.ramp_up.increment": 3}, "train.ramp_up.increment", "start_batch_size = 4"),
+        (4, RAMP | {"train.ramp_up.start_batch_size": 2}, "train.ramp_up.start_batch_size", "batch of 2 must be"),
+        (4, RAMP, "train.ramp_up.increment", "the ramp's batch of 6 must be divisible by .* = 1 x 4"),
+        (4, RAMP | {"train.micro_batch_size": 2, "train.global_batch_size": 12, "train.ramp_up.increment": 4,
+            "train.ramp_up.start_batch_size": 8}, "train.global_batch_size", "must be divisible by .* = 2 x 4"),
+        (2, RAMP | {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "train.ramp_up.start_batch_size": 3,
+            "train.ramp_up.increment": 5}, "train.ramp_up.start_batch_size", "3 micro-batches per replica"),
         (1, SPARSE_BASELINE | {"model.num_experts": 1}, "model.num_experts", "above 1"),
         (1, {"model.expert_training": "sparse"}, "model.attention_type", "must be gqa"),
         (1, SPARSE_BASELINE | {"model.router_type": "mlp"}, "model.router_type", "must be linear"),

@@ -46,6 +46,7 @@ class Hardware:
         gpus_per_node: GPUs that share a node.
         sources: of the figures above.
         assumptions: the rest.
+        device_names: what CUDA calls devices with these peaks; a row may leave it out.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Hardware:
     gpus_per_node: int
     sources: tuple[str, ...]
     assumptions: Assumptions
+    device_names: tuple[str, ...] = ()
 
     @property
     def usable_memory(self) -> float:
@@ -93,6 +95,20 @@ def load_hardware(name: str, file: str | None = None) -> Hardware:
     return _hardware(name, rows[name])
 
 
+def peak_of_device(device_name: str, precision: str) -> float | None:
+    """Peak of dense matrix products of a device of the table [operations / s]; None of one that is not in it.
+
+    Args:
+        device_name: as torch.cuda.get_device_name has it.
+        precision: bf16 or fp32.
+    """
+    for name, row in _rows(TABLE).items():
+        hardware = _hardware(name, row)
+        if device_name in hardware.device_names:
+            return hardware.flops.get(precision)
+    return None
+
+
 def _rows(path: Path) -> dict[str, Any]:
     try:
         rows = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -105,8 +121,8 @@ def _rows(path: Path) -> dict[str, Any]:
 
 
 def _hardware(name: str, row: Any) -> Hardware:
-    known = [field.name for field in fields(Hardware) if field.name != "name"]
-    _check_keys(row, known, name)
+    known = [field.name for field in fields(Hardware) if field.name not in ("name", "device_names")]
+    _check_keys(row, known, name, optional="device_names")
     _check_keys(row["assumptions"], [field.name for field in fields(Assumptions)], f"{name}.assumptions")
     if not isinstance(row["flops"], dict) or not row["flops"]:
         raise ConfigurationError(f"hardware.{name}.flops", row["flops"], "expected {bf16: ..., fp32: ...}")
@@ -120,11 +136,12 @@ def _hardware(name: str, row: Any) -> Hardware:
         assumptions=Assumptions(
             **{key: _figure(value, f"{name}.assumptions.{key}") for key, value in row["assumptions"].items()}
         ),
+        device_names=tuple(map(str, row.get("device_names", []))),
     )
 
 
-def _check_keys(row: Any, known: list[str], key: str) -> None:
-    found = sorted(row) if isinstance(row, dict) else row
+def _check_keys(row: Any, known: list[str], key: str, optional: str | None = None) -> None:
+    found = sorted(name for name in row if name != optional) if isinstance(row, dict) else row
     if found != sorted(known):
         raise ConfigurationError(f"hardware.{key}", found, f"expected exactly {', '.join(known)}")
 

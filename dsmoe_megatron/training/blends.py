@@ -14,6 +14,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
+from dsmoe_megatron.batch_ramp import samples_of_steps
 from dsmoe_megatron.config import Config, DatasetSource
 from dsmoe_megatron.errors import DataError
 from dsmoe_megatron.tokenizers import Tokenizer
@@ -200,10 +201,10 @@ def blends_of(config: Config, tokenizer: Tokenizer, cache_dir: Path) -> list[Ble
         tokenizer: that the data was made with.
         cache_dir: folder of the sample indices.
     """
-    batch = config.train.global_batch_size
-    parts = [(Split.train, config.data.train, config.train.steps * batch)]
+    train = config.train
+    parts = [(Split.train, config.data.train, samples_of_steps(train, train.steps))]
     if config.data.validation:
-        parts.append((Split.valid, config.data.validation, config.evaluation.batches * batch))
+        parts.append((Split.valid, config.data.validation, config.evaluation.batches * train.global_batch_size))
     adapter = DatasetTokenizer(
         tokenizer.vocab_size, tokenizer.end_of_document_id, OrderedDict(fingerprint=tokenizer.fingerprint)
     )

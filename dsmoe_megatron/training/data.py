@@ -1,12 +1,14 @@
 """Blended indexed datasets and the order in which their samples are dealt.
 
-Consumed samples alone fix the next batch: micro-batch k of data-parallel rank r takes samples (k*DP + r)*m onward, so
-neither the data-parallel size nor gradient accumulation changes what is in a global batch.
+Consumed samples alone fix the next batch, its size included: micro-batch k of data-parallel rank r takes samples
+(k*DP + r)*m onward, so neither the data-parallel size nor gradient accumulation changes what is in a global batch.
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from dsmoe_megatron.batch_ramp import batch_size_after
 from dsmoe_megatron.config import Config, DatasetSource
 from dsmoe_megatron.errors import DataError
 from dsmoe_megatron.runtime.distributed import raised_on_every_rank
@@ -146,10 +149,10 @@ def build_datasets(config: Config, tokenizer: Tokenizer, cache_dir: Path, say: S
     return train, validation[0] if validation else None
 
 
-def global_batches(
+def training_batches(
     dataset: Any, config: Config, rank: int, ranks: int, consumed_samples: int = 0
 ) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of one global batch after the other.
+    """This rank's micro-batches of one training step after the other, the ramp of the batch size included.
 
     Args:
         dataset: maps a sample's index to its tensors [S].
@@ -158,12 +161,29 @@ def global_batches(
         ranks: data-parallel size.
         consumed_samples: samples that earlier steps took, over all ranks.
     """
-    micro, batch = config.train.micro_batch_size, config.train.global_batch_size
-    # a generator, because the indices of a whole run would fill memory
+    return _batches(dataset, config, (rank, ranks), consumed_samples, partial(batch_size_after, config.train))
+
+
+def global_batches(dataset: Any, config: Config, rank: int, ranks: int) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of one batch of train.global_batch_size after the other; arguments as above."""
+    return _batches(dataset, config, (rank, ranks), 0, lambda _: config.train.global_batch_size)
+
+
+def _batches(
+    dataset: Any, config: Config, place: tuple[int, int], consumed_samples: int, size_after: Callable[[int], int]
+) -> Iterator[list[Batch]]:
+    (rank, ranks), micro = place, config.train.micro_batch_size
+
+    def batches() -> Iterator[range]:  # a generator, because the indices of a whole run would fill memory
+        first = consumed_samples
+        while (end := first + size_after(first)) <= len(dataset):
+            yield range(first, end)
+            first = end
+
     indices = (
         list(range(start, start + micro))
-        for first in range(consumed_samples, len(dataset) - batch + 1, batch)
-        for start in range(first + rank * micro, first + batch, micro * ranks)
+        for batch in batches()
+        for start in range(batch.start + rank * micro, batch.stop, micro * ranks)
     )
     loader = DataLoader(
         dataset,
@@ -173,9 +193,6 @@ def global_batches(
         persistent_workers=config.data.num_workers > 0,
         worker_init_fn=serve_this_rank,
     )
-    micro_batches: list[Batch] = []
-    for micro_batch in loader:
-        micro_batches.append(micro_batch)
-        if len(micro_batches) == batch // (micro * ranks):
-            yield micro_batches
-            micro_batches = []
+    micro_batches = iter(loader)
+    for batch in batches():
+        yield list(itertools.islice(micro_batches, len(batch) // (micro * ranks)))

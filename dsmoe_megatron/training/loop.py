@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from dsmoe_megatron.batch_ramp import batch_size_after, batch_sizes
 from dsmoe_megatron.config import Config
 from dsmoe_megatron.config_parsing import save_config
 from dsmoe_megatron.config_rules import check_config
@@ -32,11 +33,12 @@ from dsmoe_megatron.training.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from dsmoe_megatron.training.data import build_datasets, check_datasets, data_identity, global_batches
+from dsmoe_megatron.training.data import build_datasets, check_datasets, data_identity, global_batches, training_batches
 from dsmoe_megatron.training.engines.megatron import Batch, MegatronEngine, StepResult
 from dsmoe_megatron.training.expert_use import expert_use, mutual_information_losses
 from dsmoe_megatron.training.metrics import MetricsWriter, progress_line, validation_line
 from dsmoe_megatron.training.run_lock import one_job_in
+from dsmoe_megatron.training.throughput import Throughput
 from dsmoe_megatron.training.validation import validate
 
 
@@ -116,7 +118,7 @@ class TrainingRun:
         self.metrics: MetricsWriter | None = None
         if dist.get_rank() == 0:
             save_config(config, run_dir / "config.yaml")
-            self.metrics = MetricsWriter(run_dir, config.logging, self.progress.step)
+            self.metrics = MetricsWriter(run_dir, config, self.progress.step, self._say)
             self._say(_introduction(config, self.progress))
         self.validation_batches: list[list[Batch]] = []
 
@@ -170,24 +172,27 @@ class TrainingRun:
             return
         if progress.step and self._is_due(config.evaluation.interval, False) and not self._is_validated():
             self._validate()
-        batches = global_batches(self.train_data, config, self.rank, self.ranks, progress.consumed_samples)
-        clock = _Clock()
+        batches = training_batches(self.train_data, config, self.rank, self.ranks, progress.consumed_samples)
+        throughput = Throughput(config, self.engine.device, dist.get_world_size())
         for micro_batches in batches:
-            result = self._step(micro_batches)
-            clock.step_done()
+            batch_size = batch_size_after(config.train, progress.consumed_samples)
+            result = self._step(micro_batches, batch_size)
+            throughput.step_done(batch_size)
             last = progress.step == config.train.steps
             if self._is_logged(progress.step):
-                self._log(result, clock.mean_step_time())
+                self._log(result, {"batch_size": batch_size, **throughput.figures(progress)})
             stops = self._stops()
             # what a stopped run leaves out, the next start makes up for
             if last or (self._is_due(config.evaluation.interval, last) and not stops):
-                self._validate()
+                with throughput.aside("validation"):
+                    self._validate()
                 stops = stops or self._stops()
             if self._is_due(config.checkpoint.interval, last or stops):
                 started = time.perf_counter()
-                folder = save_checkpoint(self.engine, config, progress, self.run_dir)
+                with throughput.aside("save"):
+                    folder = save_checkpoint(self.engine, config, progress, self.run_dir)
                 self._say(f"saved {folder} in {time.perf_counter() - started:.1f} s")
-            clock.go_on()
+            throughput.go_on()
             if last or stops:
                 break
         if self.metrics is not None:
@@ -211,14 +216,14 @@ class TrainingRun:
     def _is_due(self, interval: int, last: bool) -> bool:
         return last or (interval > 0 and self.progress.step % interval == 0)
 
-    def _step(self, micro_batches: list[Batch]) -> StepResult:
+    def _step(self, micro_batches: list[Batch], batch_size: int) -> StepResult:
         config, progress = self.config, self.progress
         if config.model.hidden_dropout or config.model.attention_dropout:
             seed_dropout(config.train.seed, progress.step)
         self._prepare_statistics()
         result = self.engine.train_step(micro_batches)
         progress.step += 1
-        progress.consumed_samples += config.train.global_batch_size
+        progress.consumed_samples += batch_size
         progress.tokens = progress.consumed_samples * config.train.sequence_length
         if not (math.isfinite(result.lm_loss) and math.isfinite(result.grad_norm)):
             error = TrainingError(
@@ -239,7 +244,7 @@ class TrainingRun:
             router.control.statistics.reset()
             router.control.threshold = thresholds[router.options.kind] if counted else None
 
-    def _log(self, result: StepResult, step_time_s: float) -> None:
+    def _log(self, result: StepResult, figures: dict[str, float | None]) -> None:
         config, progress = self.config, self.progress
         mi_losses = mutual_information_losses(self.engine.routers, config)
         line = {
@@ -250,8 +255,7 @@ class TrainingRun:
             "mi_loss_mlp": _mean_of_kind(mi_losses, "mlp"),
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
-            "step_time_s": step_time_s,
-            "tokens_per_s": config.train.global_batch_size * config.train.sequence_length / step_time_s,
+            **figures,
         }
         progress.first = progress.first or line
         progress.last = line
@@ -276,27 +280,6 @@ class TrainingRun:
         self._say(validation_line(line))
 
 
-class _Clock:
-    """Times steps; what happens between `step_done` and `go_on` (validation, checkpoints) does not count."""
-
-    def __init__(self) -> None:
-        self.seconds, self.steps = 0.0, 0
-        self.go_on()
-
-    def go_on(self) -> None:
-        self.started = time.perf_counter()
-
-    def step_done(self) -> None:
-        self.seconds += time.perf_counter() - self.started
-        self.steps += 1
-
-    def mean_step_time(self) -> float:
-        """Seconds per step since the last call."""
-        mean = self.seconds / self.steps
-        self.seconds, self.steps = 0.0, 0
-        return mean
-
-
 def _mean_of_kind(losses: dict[tuple[int, str], float], kind: str) -> float | None:
     values = [loss for (_, router_kind), loss in losses.items() if router_kind == kind]
     return sum(values) / len(values) if values else None
@@ -309,6 +292,6 @@ def _introduction(config: Config, progress: Progress) -> str:
         f"{dist.get_world_size()} processes: tensor {parallel.tensor}, pipeline {parallel.pipeline}, "
         f"expert {parallel.expert}, context {parallel.context}, "
         f"data {parallel_state.get_data_parallel_world_size()} | "
-        f"steps {progress.step + 1} to {config.train.steps} of "
+        f"steps {progress.step + 1} to {config.train.steps} of {'up to ' if len(batch_sizes(config.train)) > 1 else ''}"
         f"{config.train.global_batch_size * config.train.sequence_length:,} tokens | {config.train.run_dir}"
     )

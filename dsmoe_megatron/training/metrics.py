@@ -1,11 +1,12 @@
-"""What a run leaves to read: metrics.jsonl, expert_use.jsonl, TensorBoard, and a line on the terminal."""
+"""What a run leaves to read: metrics.jsonl, expert_use.jsonl, the trackers' curves, and a line on the terminal."""
 
 import datetime
 import json
 from pathlib import Path
 from typing import Any
 
-from dsmoe_megatron.config import LoggingConfig
+from dsmoe_megatron.config import Config
+from dsmoe_megatron.training.trackers import Say, Trackers
 
 METRICS, EXPERT_USE = "metrics.jsonl", "expert_use.jsonl"
 
@@ -15,22 +16,18 @@ class MetricsWriter:
 
     Args:
         run_dir: exists.
-        section: what to write.
+        config: recipe; its logging section says what to write.
         resumed_step: the step that the run goes on from; 0 starts anew.
+        say: takes one line.
     """
 
-    def __init__(self, run_dir: Path, section: LoggingConfig, resumed_step: int) -> None:
+    def __init__(self, run_dir: Path, config: Config, resumed_step: int, say: Say) -> None:
         self.run_dir = run_dir
-        for name in (METRICS, EXPERT_USE):
-            _keep_steps(run_dir / name, resumed_step)
-        self.tensorboard: Any = None
-        if section.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+        logged_step = max(_keep_steps(run_dir / name, resumed_step) for name in (METRICS, EXPERT_USE))
+        self.trackers = Trackers(run_dir, config, resumed_step, logged_step, say)
 
     def training(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl; every number becomes a TensorBoard curve."""
+        """One line of metrics.jsonl; every number becomes a curve."""
         self._append(METRICS, line)
         self._curves("train", line)
 
@@ -54,36 +51,35 @@ class MetricsWriter:
             file.write(json.dumps(line) + "\n")
 
     def _curves(self, group: str, line: dict[str, Any]) -> None:
-        if self.tensorboard is None:
-            return
-        for name, value in line.items():
-            if name != "step" and isinstance(value, int | float):
-                self.tensorboard.add_scalar(f"{group}/{name}", value, line["step"])
+        numbers = {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
+        self.trackers.points(line["step"], {f"{group}/{name}": value for name, value in numbers.items()})
 
     def close(self) -> None:
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        self.trackers.close()
 
 
-def _keep_steps(path: Path, last_step: int) -> None:
-    """Drop the lines of later steps, and a last line that a crash cut short."""
+def _keep_steps(path: Path, last_step: int) -> int:
+    """Drop the lines of later steps, and a last line that a crash cut short; returns the newest step there was."""
     if not path.is_file():
-        return
-    kept = []
+        return 0
+    kept, newest = [], 0
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(text)["step"] <= last_step:
-                kept.append(text + "\n")
+            step = json.loads(text)["step"]
         except (ValueError, KeyError):
             break
+        newest = max(newest, step)
+        if step <= last_step:
+            kept.append(text + "\n")
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text("".join(kept), encoding="utf-8")
     unfinished.replace(path)
+    return newest
 
 
 def progress_line(line: dict[str, Any], steps: int) -> str:
     """The terminal's view of a training line."""
-    left = datetime.timedelta(seconds=round((steps - line["step"]) * line["step_time_s"]))
+    left = datetime.timedelta(seconds=round(line["time_left_s"]))
     mutual_information = [
         f"mi {kind} {line[key]:.3f}"
         for kind, key in (("attention", "mi_loss_attention"), ("mlp", "mi_loss_mlp"))
@@ -96,6 +92,8 @@ def progress_line(line: dict[str, Any], steps: int) -> str:
         f"grad_norm {line['grad_norm']:.3f}",
         f"lr {line['learning_rate']:.2e}",
         f"{line['tokens_per_s']:,.0f} tokens/s",
+        f"{line['model_tflops_per_s_per_device']:.3g} TFLOP/s per device",
+        *([] if line["mfu"] is None else [f"MFU {line['mfu']:.1%}"]),
         f"{left} left",
     ]
     return " | ".join(parts)

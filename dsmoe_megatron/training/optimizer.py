@@ -1,4 +1,4 @@
-"""AdamW in megatron-core's distributed optimizer, and its schedule."""
+"""AdamW in megatron-core's distributed optimizer, and the schedules of its learning rate."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from dsmoe_megatron.config import Config, OptimizerConfig
+from dsmoe_megatron.config_rules import wsd_decay_steps
 
 
 def minimum_lr(optimizer: OptimizerConfig) -> float:
@@ -45,7 +46,7 @@ def build_optimizer(config: Config, chunks: Sequence[MegatronModule]) -> Megatro
 
 
 def build_schedule(section: OptimizerConfig, steps: int, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Linear warm-up from 0, then a cosine to min_lr at decay_steps; the unit is optimizer steps."""
+    """Linear warm-up from 0, then the section's schedule to min_lr at decay_steps; the unit is optimizer steps."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -53,7 +54,9 @@ def build_schedule(section: OptimizerConfig, steps: int, optimizer: MegatronOpti
         min_lr=minimum_lr(section),
         lr_warmup_steps=section.warmup_steps,
         lr_decay_steps=section.decay_steps or steps,
-        lr_decay_style="cosine",
+        lr_decay_style="WSD" if section.schedule == "wsd" else "cosine",
+        wsd_decay_steps=wsd_decay_steps(section, steps),
+        lr_wsd_decay_style=section.wsd_decay_shape,
         start_wd=section.weight_decay,
         end_wd=section.weight_decay,
         wd_incr_steps=0,
