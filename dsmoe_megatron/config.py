@@ -259,6 +259,13 @@ class TrainConfig:
     """Weights and activations; bf16 keeps float32 master weights, gradients and optimizer state."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, the core attention, or whole layers."""
+    stop_after_skipped: int = 5
+    """Steps in a row whose update is left out (loss or gradient not finite, or a spike) after which the run stops."""
+    spike_deviations: float = 0.0
+    """An update is left out where the loss or the gradient norm is further above its running mean than so many standard
+    deviations; 0 leaves out only what is not finite. OLMo uses 6."""
+    spike_window: int = 128
+    """Applied steps that this mean and deviation are of; spikes are looked for from half of it on."""
     timeout_minutes: float = 10.0
     """A collective that waits longer ends the run [minutes]."""
 

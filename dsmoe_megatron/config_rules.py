@@ -41,6 +41,7 @@ AT_LEAST_ONE = (
     "train.ramp_up.increment",
     "train.ramp_up.samples",
     "train.sequence_length",
+    "train.stop_after_skipped",
     "checkpoint.interval",
     "logging.interval",
     "evaluation.batches",
@@ -62,6 +63,7 @@ NOT_NEGATIVE = (
     "optimizer.weight_decay",
     "optimizer.clip_grad",
     "optimizer.warmup_steps",
+    "train.spike_deviations",
     "checkpoint.keep_last",
     "evaluation.interval",
 )
@@ -120,6 +122,8 @@ def _check_ranges(config: Config) -> None:
             value = _value(config, key)
             if value is not None and not holds(value):  # the order of the comparison refuses NaN as well
                 _refuse(config, key, rule)
+    if not config.train.spike_window >= 4:
+        _refuse(config, "train.spike_window", "must be at least 4: fewer values have no deviation to speak of")
     if not 0 <= config.train.seed <= LARGEST_SEED:
         _refuse(config, "train.seed", f"must be from 0 to {LARGEST_SEED}")
 

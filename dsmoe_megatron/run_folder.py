@@ -5,7 +5,7 @@ folder is a distributed checkpoint plus config.yaml (the resolved recipe) and pr
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Progress:
         consumed_samples: samples that they took, over all ranks.
         tokens: tokens that they took.
         data_identity: hash of what fixes the order of samples.
+        guards: what the guards against bad updates remember.
         first: the first line of metrics; last: the newest one; last_validation: the newest validation line.
     """
 
@@ -30,6 +31,7 @@ class Progress:
     consumed_samples: int = 0
     tokens: int = 0
     data_identity: str = ""
+    guards: dict[str, Any] = field(default_factory=dict)
     first: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
     last_validation: dict[str, Any] | None = None

@@ -6,12 +6,14 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsmoe_megatron.config import Config, DataConfig, DatasetSource, EvaluationConfig, PolicyConfig
 from dsmoe_megatron.runtime.processes import StopSignals
+from tests.damaged_steps import damage_steps
 from tests.training_jobs import tiny_config
 
 
@@ -87,7 +89,23 @@ def stopped_job(config: Config, rank: int, number: int, after_step: int, times: 
     return pretrain_job(config, stop_signals)
 
 
+def damaged_job(config: Config, damages: dict[int, str]) -> str:
+    """Train with the gradients or losses of some steps damaged; see tests/damaged_steps.py."""
+    from dsmoe_megatron.training.engines.megatron import MegatronEngine
+
+    damage_steps(MegatronEngine, damages)
+    return pretrain_job(config)
+
+
+def refused_damaged_job(config: Config, damages: dict[int, str]) -> str:
+    return _refusal(damaged_job, config, damages)
+
+
 def refused_job(config: Config) -> str:
+    return _refusal(pretrain_job, config)
+
+
+def _refusal(job: Callable[..., str], *arguments: Any) -> str:
     """Try to train; returns the error that this rank raised, as `Name: message`.
 
     Raises:
@@ -96,7 +114,7 @@ def refused_job(config: Config) -> str:
     from dsmoe_megatron.errors import DSMoEError
 
     try:
-        pretrain_job(config)
+        job(*arguments)
     except DSMoEError as error:
         return f"{type(error).__name__}: {error}"
     raise AssertionError("the run was not refused")

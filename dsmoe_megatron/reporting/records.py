@@ -106,7 +106,8 @@ def _free_name(name: str, runs: Sequence[Run]) -> str:
 def _read_run(folder: Path, name: str) -> Run:
     run = Run(name, folder)
     lines = list(_read_lines(folder / METRICS, run))
-    run.training = [line for line in lines if "lm_loss" in line and line.get("step") and "tokens" in line]
+    # a step whose loss was not finite has null there
+    run.training = [line for line in lines if line.get("lm_loss") and line.get("step") and "tokens" in line]
     run.validation = [line for line in lines if "validation_loss" in line and isinstance(line.get("policies"), dict)]
     if not run.training and not run.validation:
         raise DataError(f"{folder / METRICS}: has no whole line yet: nothing to report of this run")

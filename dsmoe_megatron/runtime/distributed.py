@@ -5,7 +5,6 @@ import datetime
 import hashlib
 import logging
 import os
-import signal
 import warnings
 from collections.abc import Iterator
 
@@ -14,7 +13,7 @@ import torch.distributed as dist
 
 from dsmoe_megatron.config import ParallelConfig
 from dsmoe_megatron.errors import DSMoEError
-from dsmoe_megatron.runtime.processes import StopSignals, end_with_parent
+from dsmoe_megatron.runtime.processes import end_with_parent
 
 
 def prepare_device() -> torch.device:
@@ -122,11 +121,11 @@ def seed_dropout(seed: int, step: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(step_seed, force_reset_rng=True)
 
 
-def agreed_stop(signals: StopSignals) -> str | None:
-    """Name of the stop signal that any rank has received; every rank calls this at the same place and gets the same."""
-    received = torch.tensor(signals.received)
-    dist.all_reduce(received, op=dist.ReduceOp.MAX)
-    return signal.Signals(int(received)).name if received else None
+def largest_of_ranks(*values: int) -> list[int]:
+    """The largest of each value over all ranks; a few bytes, over gloo on a machine with GPUs too."""
+    largest = torch.tensor(values)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return [int(value) for value in largest]
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """The training run, from a recipe to its last checkpoint."""
 
-import math
+import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from dsmoe_megatron.errors import CheckpointError, ConfigurationError, TrainingE
 from dsmoe_megatron.planning.parameters import count_parameters
 from dsmoe_megatron.run_folder import Progress, find_checkpoint
 from dsmoe_megatron.runtime.distributed import (
-    agreed_stop,
+    largest_of_ranks,
     model_parallel_groups,
     process_group,
     raised_on_every_rank,
@@ -36,6 +36,7 @@ from dsmoe_megatron.training.checkpoint import (
 from dsmoe_megatron.training.data import build_datasets, check_datasets, data_identity, global_batches, training_batches
 from dsmoe_megatron.training.engines.megatron import Batch, MegatronEngine, StepResult
 from dsmoe_megatron.training.expert_use import expert_use, mutual_information_losses
+from dsmoe_megatron.training.guards import Guards, Verdict, finite
 from dsmoe_megatron.training.metrics import MetricsWriter, progress_line, validation_line
 from dsmoe_megatron.training.run_lock import one_job_in
 from dsmoe_megatron.training.throughput import Throughput
@@ -121,6 +122,8 @@ class TrainingRun:
             self.metrics = MetricsWriter(run_dir, config, self.progress.step, self._say)
             self._say(_introduction(config, self.progress))
         self.validation_batches: list[list[Batch]] = []
+        self.guards = Guards(config.train, self.progress.guards)
+        self.stop_signal = 0
 
     def _say(self, text: str) -> None:
         if dist.get_rank() == 0:
@@ -168,6 +171,7 @@ class TrainingRun:
                 f"{self.run_dir} already has {progress.step} of train.steps = {config.train.steps} steps: nothing to do"
             )
             return
+        self._agree()
         if self._stops():
             return
         if progress.step and self._is_due(config.evaluation.interval, False) and not self._is_validated():
@@ -181,12 +185,16 @@ class TrainingRun:
             last = progress.step == config.train.steps
             if self._is_logged(progress.step):
                 self._log(result, {"batch_size": batch_size, **throughput.figures(progress)})
+            if self.guards.stop:
+                self._give_up()
             stops = self._stops()
             # what a stopped run leaves out, the next start makes up for
             if last or (self._is_due(config.evaluation.interval, last) and not stops):
                 with throughput.aside("validation"):
                     self._validate()
-                stops = stops or self._stops()
+                if not stops:
+                    self._agree()
+                    stops = self._stops()
             if self._is_due(config.checkpoint.interval, last or stops):
                 started = time.perf_counter()
                 with throughput.aside("save"):
@@ -199,11 +207,16 @@ class TrainingRun:
             self.metrics.close()
 
     def _stops(self) -> bool:
-        """Whether a stop signal has come, to whichever rank."""
-        name = agreed_stop(self.stop_signals)
-        if name is not None:
+        """Whether a stop signal has come, to whichever rank, by the time that all last agreed on it."""
+        if self.stop_signal:
+            name = signal.Signals(self.stop_signal).name
             self._say(f"{name}: stops after step {self.progress.step}; the same command goes on from there")
-        return name is not None
+        return bool(self.stop_signal)
+
+    def _agree(self, verdict: Verdict = Verdict.APPLIED) -> Verdict:
+        """The worst verdict of all ranks; they learn of each other's stop signals on the way."""
+        worst, self.stop_signal = largest_of_ranks(verdict, self.stop_signals.received)
+        return Verdict(worst)
 
     def _is_validated(self) -> bool:
         line = self.progress.last_validation
@@ -221,18 +234,40 @@ class TrainingRun:
         if config.model.hidden_dropout or config.model.attention_dropout:
             seed_dropout(config.train.seed, progress.step)
         self._prepare_statistics()
-        result = self.engine.train_step(micro_batches)
+        verdicts: list[Verdict] = []
+
+        def accepts(lm_loss: float, grad_norm: float) -> bool:
+            verdicts.append(self._agree(self.guards.judge(lm_loss, grad_norm)))
+            return verdicts[-1] is Verdict.APPLIED
+
+        result = self.engine.train_step(micro_batches, accepts)
+        samples = range(progress.consumed_samples, progress.consumed_samples + batch_size)
         progress.step += 1
         progress.consumed_samples += batch_size
         progress.tokens = progress.consumed_samples * config.train.sequence_length
-        if not (math.isfinite(result.lm_loss) and math.isfinite(result.grad_norm)):
-            error = TrainingError(
-                f"step {progress.step}: lm_loss {result.lm_loss}, gradient norm {result.grad_norm}: not finite; "
-                "the last checkpoint is good. Lower optimizer.lr or look at the batch of this step"
+        self.guards.remember(verdicts[0], progress.step, samples, result.lm_loss, result.grad_norm)
+        if not result.applied:
+            self._say(
+                f"step {progress.step}: update left out, {self.guards.in_a_row} in a row: {verdicts[0].reason}: "
+                f"lm_loss {result.lm_loss}, gradient norm {result.grad_norm}"
             )
-            error.on_every_rank = True
-            raise error
         return result
+
+    def _give_up(self) -> NoReturn:
+        """Stop on bad steps in a row, leaving what there is to see beside the run's own checkpoints."""
+        folder = self.run_dir / "post_mortem"
+        save_checkpoint(self.engine, self.config, self.progress, folder)
+        last, count = self.progress.step, self.guards.in_a_row
+        with raised_on_every_rank():
+            if dist.get_rank() == 0:
+                self.guards.write_batches(folder / "batches.json", self.train_data)
+            raise TrainingError(
+                f"steps {last - count + 1} to {last}: {count} updates in a row were left out "
+                f"(train.stop_after_skipped), the last one: {self.guards.last_reason}; {folder} has a "
+                "checkpoint and, in batches.json, the samples of these steps, and the run's own checkpoints are from "
+                "before them: look at the samples, or lower optimizer.lr"
+            )
+        raise AssertionError("unreachable: every rank has raised")
 
     def _prepare_statistics(self) -> None:
         """Expert use is counted in the steps that are logged."""
@@ -250,15 +285,17 @@ class TrainingRun:
         line = {
             "step": progress.step,
             "tokens": progress.tokens,
-            "lm_loss": result.lm_loss,
+            "lm_loss": finite(result.lm_loss),
             "mi_loss_attention": _mean_of_kind(mi_losses, "attention"),
             "mi_loss_mlp": _mean_of_kind(mi_losses, "mlp"),
-            "grad_norm": result.grad_norm,
+            "grad_norm": finite(result.grad_norm),
+            "skipped_updates": self.guards.skipped,
             "learning_rate": result.learning_rate,
             **figures,
         }
-        progress.first = progress.first or line
-        progress.last = line
+        if result.applied:
+            progress.first = progress.first or line
+            progress.last = line
         use = expert_use(self.engine.routers, config) if config.logging.expert_use else []
         if self.metrics is not None:
             self.metrics.training(line)

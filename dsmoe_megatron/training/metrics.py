@@ -87,9 +87,9 @@ def progress_line(line: dict[str, Any], steps: int) -> str:
     ]
     parts = [
         f"step {line['step']}/{steps}",
-        f"lm_loss {line['lm_loss']:.4f}",
+        f"lm_loss {_number(line['lm_loss'], '.4f')}",
         *mutual_information,
-        f"grad_norm {line['grad_norm']:.3f}",
+        f"grad_norm {_number(line['grad_norm'], '.3f')}",
         f"lr {line['learning_rate']:.2e}",
         f"{line['tokens_per_s']:,.0f} tokens/s",
         f"{line['model_tflops_per_s_per_device']:.3g} TFLOP/s per device",
@@ -97,6 +97,10 @@ def progress_line(line: dict[str, Any], steps: int) -> str:
         f"{left} left",
     ]
     return " | ".join(parts)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
 
 
 def validation_line(line: dict[str, Any]) -> str:

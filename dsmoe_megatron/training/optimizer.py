@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
@@ -34,8 +35,6 @@ def build_optimizer(config: Config, chunks: Sequence[MegatronModule]) -> Megatro
             adam_beta1=section.beta1,
             adam_beta2=section.beta2,
             adam_eps=section.eps,
-            # infinity measures the norm, which is reported, and clips nothing
-            clip_grad=section.clip_grad or float("inf"),
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=True,
@@ -67,6 +66,14 @@ def build_schedule(section: OptimizerConfig, steps: int, optimizer: MegatronOpti
 def wrapped_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
     """The distributed optimizers inside a chain (one for the experts' weights, one for the rest), or the only one."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def clip_gradients(optimizer: MegatronOptimizer, largest_norm: float, norm: float) -> None:
+    """Scale the prepared gradients down to `largest_norm` where their global norm is above it."""
+    for distributed in wrapped_optimizers(optimizer):
+        parameters = distributed.get_parameters()
+        if parameters:
+            clip_grad_by_total_norm_fp32(parameters, largest_norm, norm)
 
 
 @contextlib.contextmanager

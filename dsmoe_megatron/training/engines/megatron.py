@@ -1,7 +1,7 @@
 """megatron-core as the engine: its pipeline schedules, gradient reduction and distributed optimizer."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from dsmoe_megatron.training.optimizer import (
     allow_loading_without_fused_adam,
     build_optimizer,
     build_schedule,
+    clip_gradients,
     own_step_counts,
     wrapped_optimizers,
 )
@@ -41,17 +42,19 @@ EXTRA_STATE = "._extra_state"
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step saw; the same on every rank.
+    """What one optimizer step saw.
 
     Attributes:
         lm_loss: mean cross-entropy over the global batch, without the mutual-information loss [nats per token].
         grad_norm: global gradient norm before clipping.
         learning_rate: of this step.
+        applied: whether the weights were changed.
     """
 
     lm_loss: float
     grad_norm: float
     learning_rate: float
+    applied: bool = True
 
 
 class MegatronEngine:
@@ -70,6 +73,7 @@ class MegatronEngine:
         self.optimizer = build_optimizer(config, self.chunks)
         self.schedule = build_schedule(config.optimizer, config.train.steps, self.optimizer)
         self._connect_schedule()
+        self.has_optimizer_state = False
 
     def _wrap(self, chunks: Sequence[MegatronModule]) -> list[MegatronModule]:
         if self.transformer.bf16:
@@ -110,14 +114,28 @@ class MegatronEngine:
         """This rank's routers."""
         return list(routers(self.chunks))
 
-    def train_step(self, micro_batches: Sequence[Batch]) -> StepResult:
-        """One optimizer step over this rank's micro-batches."""
-        self.forward_backward(micro_batches)
-        lm_loss = self._last_loss
+    def train_step(
+        self, micro_batches: Sequence[Batch], accepts: Callable[[float, float], bool] | None = None
+    ) -> StepResult:
+        """One optimizer step over this rank's micro-batches.
+
+        Args:
+            micro_batches: of this rank.
+            accepts: is given the loss and the gradient norm, and answers alike on every rank; False leaves weights and
+                optimizer as they are, while the schedule moves on. None accepts all.
+        """
+        lm_loss = self.forward_backward(micro_batches)
         # before the step, so that the first step already moves and the last one is at the minimum
         self.schedule.step(increment=1)
-        _, grad_norm, _ = self.optimizer.step()
-        return StepResult(lm_loss, float(grad_norm), self.optimizer.param_groups[0]["lr"])
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        applied = accepts is None or accepts(lm_loss, grad_norm)
+        if applied:
+            if self.config.optimizer.clip_grad:
+                clip_gradients(self.optimizer, self.config.optimizer.clip_grad, grad_norm)
+            self.optimizer.step_with_ready_grads()
+            self.has_optimizer_state = True
+        return StepResult(lm_loss, grad_norm, self.optimizer.param_groups[0]["lr"], applied)
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> float:
         """Fill the gradient buffers with the mean gradient over the global batch; returns the mean loss."""
@@ -125,8 +143,7 @@ class MegatronEngine:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._last_loss = self._run(micro_batches, forward_only=False)
-        return self._last_loss
+        return self._run(micro_batches, forward_only=False)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> float:
@@ -203,8 +220,10 @@ class MegatronEngine:
             yield ("model" if len(self.chunks) == 1 else f"model{index}"), chunk
 
     def sharded_state(self, is_loading: bool = False) -> dict[str, Any]:
-        """Weights and, after the first step, optimizer state as megatron-core's sharded tensors."""
+        """Weights and, after the first update, optimizer state as megatron-core's sharded tensors."""
         model = self.sharded_weights()
+        if not (self.has_optimizer_state or is_loading):
+            return model
         # both settings make the optimizer's tensors global too, so that every layout loads every other's
         metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
         if is_loading:
@@ -219,6 +238,7 @@ class MegatronEngine:
         with allow_loading_without_fused_adam(self.optimizer):
             self.optimizer.load_state_dict(state["optimizer"])
         own_step_counts(self.optimizer)
+        self.has_optimizer_state = True
         self.schedule.num_steps = 0
         self.schedule.step(increment=step)
 
