@@ -28,8 +28,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.measuring import benchmark_parser, paired_seconds, run_benchmark, surroundings, surroundings_line, table
 from dsmoe_megatron.inference.configuration_dsmoe import DSMoEConfig
 from dsmoe_megatron.inference.expert_products import PER_EXPERT
-from dsmoe_megatron.inference.modeling_dsmoe import DSMoEForCausalLM, DSMoEMLP
+from dsmoe_megatron.inference.modeling_dsmoe import DSMoEForCausalLM
 from dsmoe_megatron.inference.policy import PolicyName, active_experts
+from dsmoe_megatron.inference.routed_layers import DSMoEMLP
 
 LAYERS, HIDDEN, EXPERTS, TOP_K, HEAD_DIM, KEY_VALUE_HEADS, ATTENTION_EXPERTS, VOCABULARY = (
     12,

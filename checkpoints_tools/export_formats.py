@@ -17,7 +17,8 @@ import torch
 from dsmoe_megatron.config import ModelConfig
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError
 from dsmoe_megatron.inference.policy import ExpertPolicy
-from dsmoe_megatron.inference.tensor_mapping import SHARED_EXPERT_UNITS, Shape, Target, TensorMapping
+from dsmoe_megatron.inference.tensor_mapping import Target, TensorMapping
+from dsmoe_megatron.inference.tensor_rules import SHARED_EXPERT_UNITS, Shape
 from dsmoe_megatron.tokenizers import Tokenizer
 
 if TYPE_CHECKING:

@@ -31,14 +31,15 @@ from dsmoe_megatron.config_parsing import load_config
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError, exit_with
 from dsmoe_megatron.evaluation.policies import read_policy_file
 from dsmoe_megatron.inference.policy import ExpertPolicy, PolicyError
-from dsmoe_megatron.inference.tensor_mapping import Shape, TensorMapping, TensorRule, check_names
+from dsmoe_megatron.inference.tensor_mapping import TensorMapping, check_names
+from dsmoe_megatron.inference.tensor_rules import Shape, TensorRule
 from dsmoe_megatron.run_folder import find_checkpoint, read_progress
 from dsmoe_megatron.tokenizers import Tokenizer, load_tokenizer, save_huggingface
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHARD_BYTES = 2_000_000_000
 REUSED_BYTES = 64 << 20  # twice: memory for tensors up to this size
-CODE_FILES = ("configuration_dsmoe.py", "expert_products.py", "modeling_dsmoe.py", "policy.py")
+CODE_FILES = ("configuration_dsmoe.py", "expert_products.py", "modeling_dsmoe.py", "policy.py", "routed_layers.py")
 
 
 def export(

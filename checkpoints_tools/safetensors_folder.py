@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsmoe_megatron.errors import CheckpointError
-from dsmoe_megatron.inference.tensor_mapping import Shape, TensorMapping, TensorRule, check_names
+from dsmoe_megatron.inference.tensor_mapping import TensorMapping, check_names
+from dsmoe_megatron.inference.tensor_rules import Shape, TensorRule
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

@@ -41,7 +41,8 @@ from dsmoe_megatron.errors import (
     exit_with,
 )
 from dsmoe_megatron.inference.policy import ExpertPolicy
-from dsmoe_megatron.inference.tensor_mapping import Shape, TensorMapping
+from dsmoe_megatron.inference.tensor_mapping import TensorMapping
+from dsmoe_megatron.inference.tensor_rules import Shape
 from dsmoe_megatron.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 ATTENTION_OUTPUT = "decoder.layers.self_attention.linear_proj.weight"

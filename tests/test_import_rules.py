@@ -80,6 +80,7 @@ ALLOWED_OF_OTHERS = {
     "dsmoe_megatron.inference.configuration_dsmoe": ["torch", "transformers"],
     "dsmoe_megatron.inference.expert_products": ["torch", "transformers"],
     "dsmoe_megatron.inference.modeling_dsmoe": ["torch", "transformers"],
+    "dsmoe_megatron.inference.routed_layers": ["torch", "transformers"],
     # vLLM's environment has no megatron-core
     "dsmoe_megatron.inference.active_experts": ["torch"],
     "dsmoe_megatron.inference.vllm_plugin": ["transformers", "vllm"],
@@ -92,6 +93,7 @@ TRAVELLING = (
     "dsmoe_megatron.inference.configuration_dsmoe",
     "dsmoe_megatron.inference.expert_products",
     "dsmoe_megatron.inference.modeling_dsmoe",
+    "dsmoe_megatron.inference.routed_layers",
 )
 # A verb imports what it needs when it runs, so that a wrong recipe is refused at once.
 COMMAND_LINE = ("dsmoe_megatron", "dsmoe_megatron.__main__")

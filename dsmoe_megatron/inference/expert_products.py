@@ -1,6 +1,6 @@
 """One matrix product per active expert: the fast way on a CPU. It travels with the export: torch and transformers only.
 
-transformers' `grouped_mm` needs the weights transposed and the rows of all pairs at once; here weights are read where they
+transformers' `grouped_mm` takes transposed weights and the rows of all pairs at once; here weights are read where they
 lie, and the pairs of a prompt go through in batches that fit the cache.
 Shape suffixes: T tokens, K active experts of a token, P active (token, expert) pairs, N experts, H hidden size, F units
 of one expert, O and I a weight's rows and columns.

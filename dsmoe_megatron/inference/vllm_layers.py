@@ -32,8 +32,8 @@ from vllm.platforms import CpuArchEnum, current_platform
 
 from dsmoe_megatron.inference.active_experts import ACTIVATIONS, Linear, active_experts_mlp, sum_of_pairs
 from dsmoe_megatron.inference.configuration_dsmoe import DSMoEConfig
-from dsmoe_megatron.inference.modeling_dsmoe import DSMoERouter
 from dsmoe_megatron.inference.policy import ExpertPolicy, RouterKind, active_experts, fixed_top_k
+from dsmoe_megatron.inference.routed_layers import DSMoERouter
 
 Loaders = dict[str, Callable[[Tensor], None]]
 """Names of a module's exported tensors, and what puts each in its place."""

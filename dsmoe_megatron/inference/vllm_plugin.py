@@ -31,10 +31,10 @@ class ConfigurationCheck:
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Check the policy and the layout.
+        """Check the policy, the layout and the format of the weights.
 
         Raises:
-            ConfigurationError: the policy does not fit the model, or it or the layout cannot be served.
+            ConfigurationError: the policy does not fit the model, or it, the layout or the format cannot be served.
         """
         from dsmoe_megatron.inference.policy import ExpertPolicy, PolicyError
 
@@ -53,3 +53,16 @@ class ConfigurationCheck:
             if getattr(config, key) % ranks:
                 rule = f"must divide {key} = {getattr(config, key)}"
                 raise ConfigurationError("--tensor-parallel-size", ranks, rule)
+        _read_safetensors_alone(vllm_config.load_config)
+
+
+def _read_safetensors_alone(load_config: Any) -> None:
+    """Where a folder has no safetensors, vLLM would take pickled files instead; an export never holds any.
+
+    Raises:
+        ConfigurationError: pickled files are asked for.
+    """
+    if load_config.load_format in ("pt", "npcache"):
+        raise ConfigurationError("--load-format", load_config.load_format, "unpickles files; leave it, or safetensors")
+    if load_config.load_format in ("auto", "hf"):
+        load_config.load_format = "safetensors"

@@ -82,9 +82,9 @@ def write_export(folder: Path, architecture: reference.ReferenceConfig, policy: 
 
 
 @torch.no_grad()
-def transformers_answers(folder: Path, **policy: Any) -> list[Answer]:
-    """Greedy, prompt by prompt, each token from a full forward pass."""
-    model = DSMoEForCausalLM.from_pretrained(folder, **policy).eval()
+def transformers_answers(folder: Path, **options: Any) -> list[Answer]:
+    """Greedy, prompt by prompt, each token from a full forward pass; options of from_pretrained, as a policy."""
+    model = DSMoEForCausalLM.from_pretrained(folder, **options).eval()
     answers = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
@@ -97,7 +97,9 @@ def transformers_answers(folder: Path, **policy: Any) -> list[Answer]:
     return answers
 
 
-def vllm_answers(folder: Path, eager: bool, ranks: int = 1, **overrides: Any) -> list[Answer]:
+def vllm_answers(
+    folder: Path, eager: bool, ranks: int = 1, dtype: str = "float32", load_format: str = "auto", **overrides: Any
+) -> list[Answer]:
     """Greedy, all prompts in one batch, on an engine of its own."""
     from vllm import LLM, SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
@@ -105,7 +107,8 @@ def vllm_answers(folder: Path, eager: bool, ranks: int = 1, **overrides: Any) ->
     engine = LLM(
         str(folder),
         skip_tokenizer_init=True,
-        dtype="float32",
+        dtype=dtype,
+        load_format=load_format,
         max_model_len=128,
         enforce_eager=eager,
         hf_overrides=overrides,

@@ -70,6 +70,16 @@ def test_compiled_vllm_equals_transformers(export: Callable[[str, str], Path], a
     assert_equal(vllm_answers(folder, eager=False), transformers_answers(folder))
 
 
+@pytest.mark.parametrize(("architecture", "policy"), COMPILED)
+def test_bfloat16_differs_by_its_rounding(export: Callable[[str, str], Path], architecture: str, policy: str) -> None:
+    """Of the first new token, before greedy choices can part: the other policies differ by more than 0.01 there."""
+    folder = export(architecture, policy)
+
+    actual = vllm_answers(folder, eager=True, dtype="bfloat16")
+    for one, other in zip(actual, transformers_answers(folder, dtype=torch.bfloat16), strict=True):
+        torch.testing.assert_close(one.log_probabilities[0], other.log_probabilities[0].float(), rtol=0, atol=0.01)
+
+
 @pytest.mark.parametrize("policy", ["dense", "threshold"])
 def test_two_ranks_answer_as_one(export: Callable[[str, str], Path], policy: str) -> None:
     folder = export("swiglu moa", policy)
@@ -107,6 +117,7 @@ def test_the_policy_can_be_chosen_when_the_server_starts(export: Callable[[str, 
         ({"expert_policy": "threshold_topk"}, "expert_policy = 'threshold_topk': .*evaluation only"),
         ({"expert_policy": "topk", "num_experts_per_tok": 99}, "num_experts_per_tok = 99: must be a whole number"),
         ({"ranks": 3}, "--tensor-parallel-size = 3: must divide num_experts = 8"),
+        ({"load_format": "pt"}, "--load-format = 'pt': unpickles files"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(
@@ -146,6 +157,15 @@ def test_a_damaged_export_is_refused(
 
     with pytest.raises(Exception, match=message):
         vllm_answers(folder, eager=True)
+
+
+def test_pickled_weights_are_not_read(export: Callable[[str, str], Path], tmp_path: Path) -> None:
+    source = export("gelu moa", "threshold")
+    torch.save(load_file(source / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+
+    with pytest.raises(RuntimeError, match="Cannot find any model weights"):
+        vllm_answers(tmp_path, eager=True)
 
 
 def test_a_configuration_that_contradicts_itself_is_refused(export: Callable[[str, str], Path], tmp_path: Path) -> None:
