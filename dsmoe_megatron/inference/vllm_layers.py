@@ -9,6 +9,7 @@ heads; routers are on every rank.
 Shape suffixes: T tokens of the batch, N experts, H hidden size, F units of one expert, G key/value heads, D head width.
 """
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import cast
@@ -163,10 +164,14 @@ class ActiveExperts(nn.Module):
         self.up_linears, self.down_linears = self._linears(self.up), self._linears(self.down)
 
     def _linears(self, weight_NOI: nn.Parameter) -> list[Linear]:
-        if not self.onednn:
+        handlers = []
+        if self.onednn:
+            # it has no bfloat16 products for processors without such instructions, and does not say so before
+            with contextlib.suppress(RuntimeError):
+                # 32: how many shapes of products each keeps ready
+                handlers = [operators.create_onednn_mm(weight_OI.t(), 32) for weight_OI in weight_NOI.data]
+        if not handlers:
             return [partial(F.linear, weight=weight_OI) for weight_OI in weight_NOI.data]
-        # 32: how many shapes of products each keeps ready
-        handlers = [operators.create_onednn_mm(weight_OI.t(), 32) for weight_OI in weight_NOI.data]
         weight_NOI.data = weight_NOI.data.new_empty(0)
         return [partial(operators.onednn_mm, handler, bias=None) for handler in handlers]
 

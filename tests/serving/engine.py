@@ -90,7 +90,7 @@ def transformers_answers(folder: Path, **options: Any) -> list[Answer]:
         ids = torch.tensor([prompt])
         log_probabilities = []
         for _ in range(NEW_TOKENS):
-            best = model(ids, use_cache=False).logits[0, -1].log_softmax(-1).max(-1)
+            best = model(ids, use_cache=False).logits[0, -1].float().log_softmax(-1).max(-1)
             log_probabilities.append(best.values)
             ids = torch.cat([ids, best.indices.view(1, 1)], dim=1)
         answers.append(Answer(ids[0, len(prompt) :].tolist(), torch.stack(log_probabilities)))
