@@ -4,9 +4,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from dsmoe_megatron.config_parsing import parse_config, parse_verb
+from dsmoe_megatron.config_parsing import parse_verb
 from dsmoe_megatron.config_rules import check_config
 from dsmoe_megatron.errors import ConfigurationError, DSMoEError, exit_with
 from dsmoe_megatron.runtime.processes import end_with_parent
@@ -43,19 +44,33 @@ def _usage() -> str:
     return "\n".join([f"usage: {PROGRAM} VERB --help", "", *lines])
 
 
+@dataclass(frozen=True)
+class PretrainOptions:
+    """What is done with the recipe."""
+
+    check: bool = False
+    """Build the model, take two steps on made-up tokens, save and load, print what it took, and leave the run alone."""
+
+
 def _pretrain(arguments: Sequence[str]) -> None:
     if "MASTER_ADDR" in os.environ:  # started by torchrun, which may die while libraries load
         end_with_parent()
-    config = parse_config(arguments, f"{PROGRAM} pretrain")
+    config, options = parse_verb(arguments, f"{PROGRAM} pretrain", PretrainOptions)
     check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
 
     from dsmoe_megatron.runtime.distributed import prepare_device
 
     device = prepare_device()
 
-    from dsmoe_megatron.training.loop import pretrain  # imports megatron.core: only after the device is prepared
+    # these import megatron.core: only after the device is prepared
+    if options.check:
+        from dsmoe_megatron.training.check import check_run
 
-    pretrain(config, device)
+        check_run(config, device)
+    else:
+        from dsmoe_megatron.training.loop import pretrain
+
+        pretrain(config, device)
 
 
 def _estimate(arguments: Sequence[str]) -> None:

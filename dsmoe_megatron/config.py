@@ -266,6 +266,8 @@ class TrainConfig:
     deviations; 0 leaves out only what is not finite. OLMo uses 6."""
     spike_window: int = 128
     """Applied steps that this mean and deviation are of; spikes are looked for from half of it on."""
+    deterministic: bool = False
+    """On GPUs take only algorithms that repeat bit for bit, which costs speed; on a CPU every run does."""
     timeout_minutes: float = 10.0
     """A collective that waits longer ends the run [minutes]."""
 
@@ -298,6 +300,20 @@ class WandbConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """A trace of some steps by torch's profiler."""
+
+    first_step: int | None = None
+    """First step to record; null records none."""
+    last_step: int | None = None
+    """Last step to record; null is the second after the first."""
+    every_rank: bool = False
+    """Record every rank; otherwise rank 0 alone."""
+    memory: bool = False
+    """Record allocations too: on a GPU the allocator's history as a file, on a CPU the peak of live tensor bytes."""
+
+
+@dataclass
 class LoggingConfig:
     """What the run says of itself."""
 
@@ -307,6 +323,8 @@ class LoggingConfig:
     """Write TensorBoard event files into run_dir/tensorboard."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """A trace of some steps."""
     expert_use: bool = True
     """Write per-layer expert use: share of mean probability, entropies, active experts at the recipe's eps."""
 

@@ -44,6 +44,8 @@ AT_LEAST_ONE = (
     "train.stop_after_skipped",
     "checkpoint.interval",
     "logging.interval",
+    "logging.profile.first_step",
+    "logging.profile.last_step",
     "evaluation.batches",
 )
 ABOVE_ZERO = (
@@ -89,6 +91,7 @@ def check_config(config: Config, world_size: int) -> None:
     _check_pipeline(config)
     _check_batch(config, data_parallel)
     _check_data(config)
+    _check_profile(config)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
@@ -371,6 +374,14 @@ def _check_data(config: Config) -> None:
                 raise ConfigurationError(f"data.{name}[{index}].prefix", source.prefix, "must not be empty")
             if not 0 < source.weight < math.inf:
                 raise ConfigurationError(f"data.{name}[{index}].weight", source.weight, "must be above 0")
+
+
+def _check_profile(config: Config) -> None:
+    profile = config.logging.profile
+    if profile.last_step is None:
+        return
+    if profile.first_step is None or profile.last_step < profile.first_step:
+        _refuse(config, "logging.profile.last_step", f"must not be below first_step, {profile.first_step}")
 
 
 def _refuse(config: Config, key: str, rule: str) -> NoReturn:

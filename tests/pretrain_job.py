@@ -126,6 +126,9 @@ def read_lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any
 
 def training_lines(run_dir: Path) -> dict[int, dict[str, Any]]:
     """step -> its line, without the figures that depend on the clock."""
-    clock = ("step_time_s", "tokens_per_s", "model_tflops_per_s_per_device", "mfu", "time_left_s")
+    clock = {
+        *("step_time_s", "tokens_per_s", "model_tflops_per_s_per_device", "mfu", "time_left_s"),
+        *("rank_time_median_s", "rank_time_max_s", "slowest_rank"),
+    }
     lines = [line for line in read_lines(run_dir) if "lm_loss" in line]
     return {line["step"]: {key: value for key, value in line.items() if key not in clock} for line in lines}

@@ -165,6 +165,8 @@ def test_a_single_value_that_cannot_be_is_refused(key: str, value: float, rule: 
         (1, {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 60, "optimizer.wsd_decay_steps": 41},
             "optimizer.wsd_decay_steps", "between warm-up and end, 40 steps"),
         (1, {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 91}, "optimizer.wsd_decay_steps", "9 steps"),
+        (1, {"logging.profile.last_step": 4}, "logging.profile.last_step", "below first_step, None"),
+        (1, {"logging.profile.first_step": 5, "logging.profile.last_step": 4}, "logging.profile.last_step", "step, 5"),
         (1, {"train.ramp_up.start_batch_size": 4}, "train.ramp_up.increment", "must be set"),
         (1, {"train.ramp_up.increment": 4}, "train.ramp_up.start_batch_size", "must be set"),
         (1, RAMP | {"train.ramp_up.start_batch_size": 8}, "train.ramp_up.start_batch_size", "below"),

@@ -42,6 +42,7 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        deterministic_mode=config.train.deterministic,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
         pipeline_model_parallel_size=parallel.pipeline,

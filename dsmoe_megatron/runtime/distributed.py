@@ -69,6 +69,26 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[None
 
 
 @contextlib.contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """For the time of the block torch computes only by algorithms that repeat bit for bit, and refuses others.
+
+    cuBLAS, NCCL and Transformer Engine read their part from the environment, at their first use: enter before it.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")  # left to itself NCCL chooses by what it measures
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextlib.contextmanager
 def group_of_one() -> Iterator[None]:
     """torch.distributed for the time of the block, on this process alone whatever a launcher has set."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -17,6 +17,7 @@ from dsmoe_megatron.errors import CheckpointError, ConfigurationError, TrainingE
 from dsmoe_megatron.planning.parameters import count_parameters
 from dsmoe_megatron.run_folder import Progress, find_checkpoint
 from dsmoe_megatron.runtime.distributed import (
+    deterministic_algorithms,
     largest_of_ranks,
     model_parallel_groups,
     process_group,
@@ -38,7 +39,9 @@ from dsmoe_megatron.training.engines.megatron import Batch, MegatronEngine, Step
 from dsmoe_megatron.training.expert_use import expert_use, mutual_information_losses
 from dsmoe_megatron.training.guards import Guards, Verdict, finite
 from dsmoe_megatron.training.metrics import MetricsWriter, progress_line, validation_line
+from dsmoe_megatron.training.profiling import StepProfiler
 from dsmoe_megatron.training.run_lock import one_job_in
+from dsmoe_megatron.training.stragglers import Stragglers
 from dsmoe_megatron.training.throughput import Throughput
 from dsmoe_megatron.training.validation import validate
 
@@ -55,7 +58,7 @@ def pretrain(config: Config, device: torch.device) -> None:
     """
     stop_signals = StopSignals()
     stop_signals.listen()
-    with process_group(device, config.train.timeout_minutes):
+    with deterministic_algorithms(config.train.deterministic), process_group(device, config.train.timeout_minutes):
         run_dir = Path(config.train.run_dir)
         with raised_on_every_rank():
             tokenizer = open_data(config)
@@ -124,6 +127,9 @@ class TrainingRun:
         self.validation_batches: list[list[Batch]] = []
         self.guards = Guards(config.train, self.progress.guards)
         self.stop_signal = 0
+        self.profiler = StepProfiler(config.logging.profile, run_dir / "profile", device, dist.get_rank())
+        self.stragglers = Stragglers(device, parallel_state.get_pipeline_model_parallel_rank(), self._say)
+        self.engine.gradients_ready = self.stragglers.gradients_ready
 
     def _say(self, text: str) -> None:
         if dist.get_rank() == 0:
@@ -178,13 +184,15 @@ class TrainingRun:
             self._validate()
         batches = training_batches(self.train_data, config, self.rank, self.ranks, progress.consumed_samples)
         throughput = Throughput(config, self.engine.device, dist.get_world_size())
+        self.stragglers.step_begins()
         for micro_batches in batches:
             batch_size = batch_size_after(config.train, progress.consumed_samples)
             result = self._step(micro_batches, batch_size)
             throughput.step_done(batch_size)
             last = progress.step == config.train.steps
             if self._is_logged(progress.step):
-                self._log(result, {"batch_size": batch_size, **throughput.figures(progress)})
+                figures = {**throughput.figures(progress), **self.stragglers.figures()}
+                self._log(result, {"batch_size": batch_size, **figures})
             if self.guards.stop:
                 self._give_up()
             stops = self._stops()
@@ -201,8 +209,10 @@ class TrainingRun:
                     folder = save_checkpoint(self.engine, config, progress, self.run_dir)
                 self._say(f"saved {folder} in {time.perf_counter() - started:.1f} s")
             throughput.go_on()
+            self.stragglers.step_begins()
             if last or stops:
                 break
+        self.profiler.close()
         if self.metrics is not None:
             self.metrics.close()
 
@@ -240,9 +250,11 @@ class TrainingRun:
             verdicts.append(self._agree(self.guards.judge(lm_loss, grad_norm)))
             return verdicts[-1] is Verdict.APPLIED
 
+        self.profiler.before(progress.step + 1)
         result = self.engine.train_step(micro_batches, accepts)
         samples = range(progress.consumed_samples, progress.consumed_samples + batch_size)
         progress.step += 1
+        self.profiler.after(progress.step)
         progress.consumed_samples += batch_size
         progress.tokens = progress.consumed_samples * config.train.sequence_length
         self.guards.remember(verdicts[0], progress.step, samples, result.lm_loss, result.grad_norm)

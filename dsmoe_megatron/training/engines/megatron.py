@@ -63,10 +63,14 @@ class MegatronEngine:
     Args:
         config: checked recipe with a known vocabulary size.
         device: of this rank.
+
+    Attributes:
+        gradients_ready: called in every step when the backward passes are done and the gradients are to be reduced.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
+        self.gradients_ready: Callable[[], None] = lambda: None
         self.transformer = transformer_config(config, device)
         chunks = build_chunks(config, self.transformer, layer_backend(device))
         self.chunks = self._wrap([chunk.to(device) for chunk in chunks])
@@ -97,7 +101,7 @@ class MegatronEngine:
     def _connect_schedule(self) -> None:
         """Tell megatron-core's schedule, through its configuration, how gradients are scaled and synchronised."""
         transformer, chunks = self.transformer, self.chunks
-        transformer.finalize_model_grads_func = finalize_model_grads
+        transformer.finalize_model_grads_func = self._finalize_gradients
         transformer.grad_scale_func = self.optimizer.scale_loss
         if self.config.parallel.overlap:
             several = len(chunks) > 1
@@ -108,6 +112,10 @@ class MegatronEngine:
             transformer.param_sync_func = (
                 [chunk.start_param_sync for chunk in chunks] if several else chunks[0].start_param_sync
             )
+
+    def _finalize_gradients(self, *arguments: Any, **options: Any) -> None:
+        self.gradients_ready()
+        finalize_model_grads(*arguments, **options)
 
     @property
     def routers(self) -> list[Router]:
