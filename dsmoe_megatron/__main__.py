@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: error: unknown verb {verb!r}; there is {', '.join(VERBS)}", file=sys.stderr)
         return 2
     try:
-        VERBS[verb].run(rest)
+        return VERBS[verb].run(rest) or 0
     except DSMoEError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0:
@@ -117,9 +117,17 @@ def _report(arguments: Sequence[str]) -> None:
     report(arguments, f"{PROGRAM} report")
 
 
+def _doctor(arguments: Sequence[str]) -> int:
+    from dsmoe_megatron.doctor.command import doctor
+
+    return doctor(arguments, f"{PROGRAM} doctor")
+
+
 class Verb(NamedTuple):
+    """A verb; what it returns, if anything, is the exit code."""
+
     summary: str
-    run: Callable[[Sequence[str]], None]
+    run: Callable[[Sequence[str]], int | None]
 
 
 VERBS = {
@@ -131,6 +139,7 @@ VERBS = {
     "estimate": Verb(
         "what a recipe costs on given GPUs: parameters, memory, traffic, time; or the best layout", _estimate
     ),
+    "doctor": Verb("what this machine has, what recipes would use of it, and whether they can run here", _doctor),
 }
 
 if __name__ == "__main__":

@@ -52,6 +52,10 @@ ALLOWED_OF_OURS = {
         *("dsmoe_megatron.errors", "dsmoe_megatron.config", "dsmoe_megatron.config_parsing"),
         *("dsmoe_megatron.output_file", "dsmoe_megatron.planning", "dsmoe_megatron.reporting"),
     ],
+    "dsmoe_megatron.doctor": [
+        *("dsmoe_megatron.errors", "dsmoe_megatron.config", "dsmoe_megatron.config_parsing"),
+        *("dsmoe_megatron.planning", "dsmoe_megatron.doctor"),
+    ],
     "dsmoe_megatron.__main__": ["dsmoe_megatron"],
     "data_tools": ["dsmoe_megatron.errors", "dsmoe_megatron.tokenizers", "data_tools"],
     # it makes what training will look for, which only training's own code can promise
