@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def test_a_recipe_that_fits_has_nothing_against_it() -> None:
         ({"devices": (), "device_memory": None, "memory": 16_000_000_000}, "16 GB of memory and no GPU"),
     ],
 )
-def test_what_is_lacking_is_the_reason(change: dict[str, object], reason: str) -> None:
+def test_what_is_lacking_is_the_reason(change: dict[str, Any], reason: str) -> None:
     assert reason in reasons(dataclasses.replace(WITH_ENGINE, **change), "dsmoe_6b")
 
 
