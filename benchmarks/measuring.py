@@ -61,14 +61,20 @@ def wait_for(device: torch.device) -> None:
 
 def training_step(config: Config, device: torch.device) -> Run:
     """One optimizer step on random tokens, by the engine that trains; model-parallel groups exist."""
-    from megatron.core import parallel_state
-
     from dsmoe_megatron.training.engines.megatron import MegatronEngine
 
-    engine, train = MegatronEngine(config, device), config.train
+    engine, micro_batches = MegatronEngine(config, device), random_micro_batches(config)
+    return lambda: engine.train_step(micro_batches)
+
+
+def random_micro_batches(config: Config) -> list[dict[str, torch.Tensor]]:
+    """This rank's micro-batches of a global batch of random tokens."""
+    from megatron.core import parallel_state
+
+    train = config.train
     samples = train.global_batch_size // parallel_state.get_data_parallel_world_size()
     shape = (train.micro_batch_size, train.sequence_length)
-    micro_batches = [
+    return [
         {
             "tokens": torch.randint(config.model.padded_vocab_size, shape),
             "labels": torch.randint(config.model.padded_vocab_size, shape),
@@ -77,7 +83,6 @@ def training_step(config: Config, device: torch.device) -> Run:
         }
         for _ in range(samples // train.micro_batch_size)
     ]
-    return lambda: engine.train_step(micro_batches)
 
 
 def single_batch(model: ModelConfig, samples: int, sequence_length: int) -> Config:

@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from checkpoints_tools.distributed_checkpoint import MegatronTensors
-from checkpoints_tools.whole_folder import sync, write_text
+from checkpoints_tools.whole_folder import write_text
+from dsmoe_megatron.durable import sync
 from dsmoe_megatron.inference.tensor_mapping import TensorMapping
 
 # what megatron-core asks of a checkpoint beside torch's files: which format it has, and what no rank shards

@@ -25,9 +25,10 @@ from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint, Mega
 from checkpoints_tools.export_formats import Format, choose_target, exported_config
 from checkpoints_tools.model_card import model_card
 from checkpoints_tools.streamed_safetensors import StreamedFile
-from checkpoints_tools.whole_folder import sync, whole_folder, write_text
+from checkpoints_tools.whole_folder import whole_folder, write_text
 from dsmoe_megatron.config import ModelConfig
 from dsmoe_megatron.config_parsing import load_config
+from dsmoe_megatron.durable import sync
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError, exit_with
 from dsmoe_megatron.evaluation.policies import read_policy_file
 from dsmoe_megatron.inference.policy import ExpertPolicy, PolicyError

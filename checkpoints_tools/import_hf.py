@@ -28,8 +28,10 @@ from checkpoints_tools.hf_architecture import (
 )
 from checkpoints_tools.safetensors_folder import AsMegatron, SafetensorsFolder
 from checkpoints_tools.whole_folder import whole_folder, write_text
+from dsmoe_megatron.checkpoint_manifest import entries_of, write_manifest
 from dsmoe_megatron.config import Config, ModelConfig
 from dsmoe_megatron.config_parsing import parse_config, save_config
+from dsmoe_megatron.durable import sync
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError, exit_with
 from dsmoe_megatron.inference.tensor_mapping import TensorMapping
 from dsmoe_megatron.run_folder import Progress
@@ -71,6 +73,8 @@ def import_model(model: Path, output: Path, recipes: Sequence[Path] = (), overwr
             written = write_checkpoint(folder, source, mapping, dtype, lambda: bar.update())
         save_config(config, folder / "config.yaml")
         write_text(folder / "progress.json", json.dumps(dataclasses.asdict(Progress()), indent=2))
+        sync(folder / "config.yaml")
+        write_manifest(folder, entries_of(folder))
     if content.get("expert_policy_layers") is not None:
         print("import_hf: expert_policy_layers is no key of a recipe and is left out", file=sys.stderr)
     return written

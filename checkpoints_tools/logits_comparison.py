@@ -126,12 +126,13 @@ def _load_export(folder: Path, device: torch.device) -> Any:
 def _load_megatron(config: Config, folder: Path, device: torch.device, rounded_to: torch.dtype) -> Forward:
     """The training model with a checkpoint's weights, by megatron-core's own loader."""
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException  # derives from BaseException
 
     from dsmoe_megatron.checkpoint_metadata import read_metadata
     from dsmoe_megatron.model.gpt import build_chunks, routers
     from dsmoe_megatron.model.transformer_config import transformer_config
     from dsmoe_megatron.runtime.backends import layer_backend
-    from dsmoe_megatron.training.checkpoint import SHARD_ERRORS
     from dsmoe_megatron.training.engines.megatron import EXTRA_STATE
 
     (model,) = build_chunks(config, transformer_config(config, device), layer_backend(device))
@@ -140,7 +141,7 @@ def _load_megatron(config: Config, folder: Path, device: torch.device, rounded_t
     read_metadata(folder)  # torch unpickles it without asking: look at it first
     try:
         loaded = dist_checkpointing.load({"model": wanted}, str(folder))["model"]
-    except SHARD_ERRORS as error:
+    except (OSError, RuntimeError, KeyError, EOFError, CheckpointingException, CheckpointException) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise CheckpointError(f"{folder}: cannot be loaded: {reason}") from error
     extra_states = {name: None for name in model.state_dict() if name.endswith(EXTRA_STATE)}

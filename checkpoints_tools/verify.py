@@ -1,6 +1,7 @@
 """Check exports and checkpoints.
 
     python checkpoints_tools/verify.py --hf EXPORT                          an export by itself: is it whole?
+    python checkpoints_tools/verify.py --checkpoint RUN_OR_STEP             a run's checkpoints: as they were written?
     python checkpoints_tools/verify.py --checkpoint RUN_OR_STEP --hf EXPORT does it compute what was trained?
     python checkpoints_tools/verify.py --checkpoint A --other B             two checkpoints, bit by bit
 
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError, exit_with
-from dsmoe_megatron.run_folder import find_checkpoint
+from dsmoe_megatron.run_folder import find_checkpoint, is_step_folder, step_folders
 
 
 def verify_export(folder: Path) -> None:
@@ -25,6 +26,32 @@ def verify_export(folder: Path) -> None:
 
     _raise_if_any(list(find_faults(folder)), f"{folder} is not whole")
     print(f"{folder}: whole")
+
+
+def verify_manifests(checkpoint: Path) -> None:
+    """Check every file of a step folder, or of all step folders of a run, against its manifest.
+
+    Raises:
+        CheckpointError: there is none, or one is damaged; the faults are printed.
+    """
+    from dsmoe_megatron.checkpoint_manifest import find_faults, read_manifest
+    from dsmoe_megatron.checkpoint_metadata import missing_or_short
+
+    folders = [checkpoint] if is_step_folder(checkpoint) else step_folders(checkpoint)
+    faults: list[str] = []
+    for folder in folders:
+        try:
+            manifest = read_manifest(folder)
+            found = find_faults(folder, manifest.files) if manifest else missing_or_short(folder)
+        except CheckpointError as error:
+            found = [str(error)]
+        faults += found
+        if not found:
+            how = f"{len(manifest.files)} files as they were written" if manifest else "no manifest; no file cut short"
+            print(f"{folder}: {how}")
+    if not is_step_folder(checkpoint):
+        _step_folder(checkpoint)  # what `latest` names must be there
+    _raise_if_any(faults, f"{checkpoint} is damaged")
 
 
 def verify_logits(checkpoint: Path, folder: Path) -> None:
@@ -81,7 +108,9 @@ def _raise_if_any(faults: list[str], what: str) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="verify", description="Check exports and checkpoints.")
-    parser.add_argument("--checkpoint", type=Path, help="run folder (its newest checkpoint) or step")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="run folder (its newest checkpoint) or step; alone: whether it is damaged"
+    )
     parser.add_argument("--hf", type=Path, metavar="EXPORT", help="export; alone: whether it is whole")
     parser.add_argument("--other", type=Path, help="another run or step, to be equal to --checkpoint bit by bit")
     return parser
@@ -95,10 +124,12 @@ def main() -> None:
             verify_logits(checkpoint, export)
         elif checkpoint and other and not export:
             verify_equal(checkpoint, other)
+        elif checkpoint and not export and not other:
+            verify_manifests(checkpoint)
         elif export and not checkpoint and not other:
             verify_export(export)
         else:
-            rule = "give --hf alone, or --checkpoint with one of --hf and --other"
+            rule = "give --hf alone, or --checkpoint, alone or with one of --hf and --other"
             raise ConfigurationError("--checkpoint", str(checkpoint), rule)
     except DSMoEError as error:
         exit_with(error, "verify")

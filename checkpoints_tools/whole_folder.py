@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from dsmoe_megatron.durable import sync
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError
 
 UNFINISHED, REPLACED = "tmp", "old"
@@ -58,15 +59,6 @@ def whole_folder(output: Path, overwrite: bool, what: str = "an export", mark: s
         if replaced.exists() and not output.exists():
             replaced.rename(output)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -24,11 +24,11 @@ def batch_size_after(train: TrainConfig, consumed_samples: int) -> int:
     return sizes[min(level, len(sizes) - 1)]
 
 
-def samples_of_steps(train: TrainConfig, steps: int) -> int:
-    """Samples that the first `steps` steps take together."""
-    sizes, samples = batch_sizes(train), 0
+def samples_of_steps(train: TrainConfig, steps: int, consumed_samples: int = 0) -> int:
+    """Samples that `steps` steps take together after `consumed_samples` samples."""
+    sizes, samples = batch_sizes(train), consumed_samples
     for level, size in enumerate(sizes[:-1]):
         end = -(-(level + 1) * (train.ramp_up.samples or 1) // (len(sizes) - 1))  # first count of the next size
         taken = min(steps, max(0, -((samples - end) // size)))
         samples, steps = samples + taken * size, steps - taken
-    return samples + steps * sizes[-1]
+    return samples + steps * sizes[-1] - consumed_samples

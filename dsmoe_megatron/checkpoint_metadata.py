@@ -64,3 +64,22 @@ def read_metadata(folder: Path) -> Metadata:
     if not isinstance(metadata, Metadata) or metadata.storage_data is None:
         raise CheckpointError(f"{path}: not the table of contents of a distributed checkpoint")
     return metadata
+
+
+def missing_or_short(folder: Path) -> list[str]:
+    """What can be seen to be wrong with a step folder that has no manifest, without reading its values; a line each."""
+    try:
+        metadata = read_metadata(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    ends: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    faults = [f"{folder / name}: missing" for name in ("config.yaml", "progress.json") if not (folder / name).is_file()]
+    for name, end in sorted(ends.items()):
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{path}: missing")
+        elif path.stat().st_size < end:
+            faults.append(f"{path}: truncated: {path.stat().st_size:,} bytes where .metadata promises {end:,}")
+    return faults

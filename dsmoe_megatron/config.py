@@ -283,6 +283,17 @@ class CheckpointConfig:
     (an imported model) gives the weights, and training begins at step 0."""
     keep_last: int = 2
     """Newest checkpoints kept; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints of every so many steps are kept for good, beside the newest; 0 keeps none of them."""
+    asynchronous: bool = True
+    """Write beside the training: it waits only until the state is copied to host memory, which needs as much again;
+    false waits until the checkpoint is on the disk."""
+    strict: bool = False
+    """Refuse to go on from an older checkpoint where the newest of a run is damaged. A damaged step folder that
+    checkpoint.load names is always refused."""
+    allow_other_data: bool = False
+    """Go on with another blend, sequence length, seed, train.global_batch_size or train.ramp_up than the checkpoint's.
+    Other data are read from their beginning; the same data, in other batches, from where they were left."""
 
 
 @dataclass

@@ -67,6 +67,7 @@ NOT_NEGATIVE = (
     "optimizer.warmup_steps",
     "train.spike_deviations",
     "checkpoint.keep_last",
+    "checkpoint.keep_every",
     "evaluation.interval",
 )
 BELOW_ONE = ("model.hidden_dropout", "model.attention_dropout", "optimizer.beta1", "optimizer.beta2")

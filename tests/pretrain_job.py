@@ -53,8 +53,16 @@ def run_config(small_data: SmallData, run_dir: Path, /, **sections: dict[str, An
     return config
 
 
-def pretrain_job(config: Config, stop_signals: StopSignals | None = None) -> str:
-    """Train; returns what the run printed on this rank."""
+def pretrain_job(
+    config: Config, stop_signals: StopSignals | None = None, prepare: Callable[[Any], object] = lambda _: None
+) -> str:
+    """Train; returns what the run printed on this rank.
+
+    Args:
+        config: of the run.
+        stop_signals: end it early.
+        prepare: called with the TrainingRun before it trains.
+    """
     import torch
 
     from dsmoe_megatron.runtime.distributed import model_parallel_groups
@@ -66,7 +74,9 @@ def pretrain_job(config: Config, stop_signals: StopSignals | None = None) -> str
         run_dir = Path(config.train.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         with model_parallel_groups(config.parallel, config.train.seed):
-            TrainingRun(config, torch.device("cpu"), tokenizer, run_dir, stop_signals or StopSignals()).train()
+            run = TrainingRun(config, torch.device("cpu"), tokenizer, run_dir, stop_signals or StopSignals())
+            prepare(run)
+            run.train()
     return printed.getvalue()
 
 

@@ -99,6 +99,28 @@ def micro_batches(config: Config, step: int, rank: int, ranks: int) -> list[dict
     return next(global_batches(Samples(), config, rank, ranks))
 
 
+def checkpoint_job(config: Config, steps: int, load: Path | None = None) -> None:
+    """Save a checkpoint of step 7 after `steps` steps of training, on top of one that may be of another layout."""
+    from megatron.core import parallel_state
+
+    from dsmoe_megatron.run_folder import Progress
+    from dsmoe_megatron.runtime.distributed import model_parallel_groups
+    from dsmoe_megatron.training.checkpoint import load_checkpoint
+    from dsmoe_megatron.training.engines.megatron import MegatronEngine
+    from dsmoe_megatron.training.saving import CheckpointSaver
+
+    with model_parallel_groups(config.parallel, config.train.seed):
+        engine = MegatronEngine(config, torch.device("cpu"))
+        if load is not None:
+            load_checkpoint(engine, config, load)
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        for step in range(steps):
+            engine.train_step(micro_batches(config, step, rank, ranks))
+        saver = CheckpointSaver(engine, config, Path(config.train.run_dir), print)
+        saver.start(Progress(step=7, consumed_samples=56, tokens=1792))
+        saver.finish()
+
+
 @dataclass
 class Trace:
     """What a run leaves behind.

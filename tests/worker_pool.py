@@ -81,7 +81,7 @@ def _work(
 ) -> None:
     from dsmoe_megatron.runtime.processes import end_with_parent
 
-    end_with_parent()  # not a daemon, which could not start the processes that write checkpoints
+    end_with_parent()
     try:
         connection.send((False, _in_process_group(rank, world_size, store, job, arguments)))
     except BaseException:

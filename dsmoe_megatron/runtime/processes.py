@@ -50,7 +50,7 @@ def end_with_parent() -> None:
 
 
 def serve_this_rank(_number: int = 0) -> None:
-    """For the start of a rank's helper processes (data loaders, checkpoint writers): end with the rank, not before it.
+    """For the start of a rank's helper processes (data loaders): end with the rank, not before it.
 
     Schedulers send stop signals to all processes of a job at once, and a rank needs its helpers for its last save.
     """

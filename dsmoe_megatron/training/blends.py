@@ -193,16 +193,18 @@ def cache_dir_of(config: Config) -> Path:
     return Path(config.data.cache_dir) if config.data.cache_dir else Path(config.train.run_dir) / "cache"
 
 
-def blends_of(config: Config, tokenizer: Tokenizer, cache_dir: Path) -> list[Blend]:
+def blends_of(config: Config, tokenizer: Tokenizer, cache_dir: Path, train_samples: int | None = None) -> list[Blend]:
     """The training blend, and the validation blend if the recipe has one.
 
     Args:
-        config: checked recipe; the training blend covers train.steps, the validation blend evaluation.batches.
+        config: checked recipe; the validation blend covers evaluation.batches.
         tokenizer: that the data was made with.
         cache_dir: folder of the sample indices.
+        train_samples: that the training blend covers; None: train.steps of train.global_batch_size.
     """
     train = config.train
-    parts = [(Split.train, config.data.train, samples_of_steps(train, train.steps))]
+    samples = samples_of_steps(train, train.steps) if train_samples is None else train_samples
+    parts = [(Split.train, config.data.train, samples)]
     if config.data.validation:
         parts.append((Split.valid, config.data.validation, config.evaluation.batches * train.global_batch_size))
     adapter = DatasetTokenizer(

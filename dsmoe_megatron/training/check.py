@@ -28,10 +28,11 @@ from dsmoe_megatron.runtime.distributed import (
     process_group,
     raised_on_every_rank,
 )
-from dsmoe_megatron.training.checkpoint import check_disk_space, load_checkpoint, save_checkpoint
+from dsmoe_megatron.training.checkpoint import check_disk_space, load_checkpoint
 from dsmoe_megatron.training.data import global_batches
 from dsmoe_megatron.training.engines.megatron import Batch, MegatronEngine
 from dsmoe_megatron.training.loop import open_data
+from dsmoe_megatron.training.saving import CheckpointSaver, SaveReport
 
 Rows = dict[str, str]
 
@@ -153,7 +154,11 @@ def _check_checkpoint(engine: MegatronEngine, config: Config, batch: list[Batch]
     """Save, wipe the weights out, load, and see that the model is the same again."""
     loss = engine.evaluate(batch)
     started = time.perf_counter()
-    checkpoint = save_checkpoint(engine, config, Progress(step=2), folder)
+    reports: list[SaveReport] = []
+    saver = CheckpointSaver(engine, config, folder, reports.append)
+    saver.start(Progress(step=2))
+    saver.finish()
+    checkpoint = reports[-1].folder
     saved = time.perf_counter()
     for chunk in engine.chunks:
         for weight in chunk.parameters():

@@ -1,34 +1,29 @@
-"""Distributed checkpoints: one global tensor per parameter, so that every layout loads every other's.
+"""Loading distributed checkpoints: one global tensor per parameter, so that every layout loads every other's.
 
-run_folder.py says what lies where.
+run_folder.py says what lies where; saving.py writes them.
 """
 
 import dataclasses
-import json
-import multiprocessing
-import os
 import shutil
-from multiprocessing.managers import SyncManager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.validation import StrictHandling
-from torch.distributed.checkpoint.api import CheckpointException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from dsmoe_megatron.checkpoint_metadata import read_metadata
+from dsmoe_megatron.checkpoint_reading import CheckpointReader
 from dsmoe_megatron.config import Config, ModelConfig
-from dsmoe_megatron.config_parsing import load_config, save_config
+from dsmoe_megatron.config_parsing import load_config
 from dsmoe_megatron.errors import CheckpointError, TrainingError
-from dsmoe_megatron.run_folder import LATEST, Progress, read_progress, step_folder_name
-from dsmoe_megatron.runtime.processes import serve_this_rank
+from dsmoe_megatron.run_folder import Progress, read_progress
 from dsmoe_megatron.training.engines.megatron import MegatronEngine
+from dsmoe_megatron.training.shard_writing import COMMON_FILE
 
-# what reading and writing shards raise; torch's CheckpointException derives from BaseException
-SHARD_ERRORS = (OSError, RuntimeError, KeyError, EOFError, CheckpointingException, CheckpointException)
+READERS = 2  # threads per rank
 
 # what may differ between a checkpoint's recipe and the one that loads it: nothing that shapes a weight
 FREE_MODEL_KEYS = {
@@ -68,86 +63,6 @@ def check_disk_space(run_dir: Path, parameters: int, config: Config) -> None:
         )
 
 
-def save_checkpoint(engine: MegatronEngine, config: Config, progress: Progress, run_dir: Path) -> Path:
-    """Write a checkpoint beside its final place, rename it when every rank is done, then move `latest`.
-
-    Returns:
-        The step folder.
-
-    Raises:
-        TrainingError: the disk is full or the folder cannot be written; nothing is taken for whole.
-    """
-    final = run_dir / "checkpoints" / step_folder_name(progress.step)
-    unfinished = final.with_name(f"{final.name}.unfinished")
-    _on_rank_0(lambda: _make_empty(unfinished), f"cannot make {unfinished}")
-    _end_writer_with_this_process()
-    state = engine.sharded_state()
-    try:
-        dist_checkpointing.save(state, str(unfinished))
-    except SHARD_ERRORS as error:
-        raise TrainingError(f"cannot save {final}: {_cause(error)}") from error
-
-    def publish() -> None:
-        save_config(config, unfinished / "config.yaml")
-        _write_durably(unfinished / "progress.json", json.dumps(dataclasses.asdict(progress), indent=2))
-        if final.exists():
-            shutil.rmtree(final)
-        unfinished.rename(final)
-        _write_durably(run_dir / LATEST, final.name + "\n")
-        _forget_old(run_dir, config.checkpoint.keep_last)
-
-    _on_rank_0(publish, f"cannot finish {final}")
-    return final
-
-
-def _end_writer_with_this_process() -> None:
-    """Start the process that gathers megatron-core's write results before megatron-core does: its own outlives a
-    killed rank, with hundreds of megabytes."""
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(initializer=serve_this_rank)
-        filesystem_async._results_queue = manager.Queue()
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-
-
-def _forget_old(run_dir: Path, keep_last: int) -> None:
-    whole = sorted(path for path in (run_dir / "checkpoints").glob("step_????????") if path.is_dir())
-    for folder in whole[:-keep_last] if keep_last else []:
-        shutil.rmtree(folder)
-
-
-def _on_rank_0(action: Any, complaint: str) -> None:
-    """Do it on rank 0; a failure there is raised on every rank, so that none waits for the others."""
-    failure: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except OSError as error:
-            failure[0] = f"{complaint}: {error.strerror or error}"
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise TrainingError(failure[0])
-
-
-def _cause(error: BaseException) -> str:
-    """The last line: torch puts the ranks' tracebacks before it."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[-1].strip()
-
-
 def has_optimizer_state(folder: Path) -> bool:
     """Whether a step folder holds more than weights; an imported model's does not.
 
@@ -158,15 +73,17 @@ def has_optimizer_state(folder: Path) -> bool:
 
 
 def load_checkpoint(engine: MegatronEngine, config: Config, folder: Path) -> Progress:
-    """Load weights, optimizer and schedule of a step folder, saved under any layout.
+    """Load weights, optimizer and schedule of a step folder, saved under any layout. Every rank calls it.
 
     Raises:
         CheckpointError: another architecture, or tensors that are missing, left over or unreadable.
     """
+    shards = _shards(engine.sharded_state(is_loading=True))
+    names = _names_on_all_ranks(shards)
     check_same_architecture(folder, config.model)
-    loaded = _load(engine.sharded_state(is_loading=True), folder)
     progress = read_progress(folder)
-    engine.load_state(loaded, progress.step)
+    _fill(shards, names, folder)
+    engine.load_state(_common_state(folder), progress.step)
     return progress
 
 
@@ -176,17 +93,60 @@ def load_weights(engine: MegatronEngine, config: Config, folder: Path) -> None:
     Raises:
         CheckpointError: as load_checkpoint.
     """
+    shards = _shards(engine.sharded_weights())
+    names = _names_on_all_ranks(shards)
     check_same_architecture(folder, config.model)
-    engine.load_weights(_load(engine.sharded_weights(), folder))
+    _fill(shards, names, folder)
+    engine.weights_loaded()
 
 
-def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    read_metadata(folder)  # torch unpickles it without asking: look at it first
+def _shards(state: dict[str, Any]) -> list[ShardedTensor]:
+    apply_factories(state)
+    return [shard for shard in nested_values(state) if isinstance(shard, ShardedTensor)]
+
+
+def _names_on_all_ranks(shards: list[ShardedTensor]) -> set[str]:
+    """Before anything that can fail on one rank alone."""
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, {shard.key for shard in shards})
+    return set().union(*of_ranks)
+
+
+def _fill(shards: list[ShardedTensor], names: set[str], folder: Path) -> None:
+    """Read this rank's parts of the saved tensors into their place.
+
+    Args:
+        shards: of this rank.
+        names: of the tensors of all ranks: each must be in the checkpoint, and no other.
+        folder: of the checkpoint.
+    """
+    reader = CheckpointReader(folder)
+    saved = set(reader.metadata.state_dict_metadata)
+    for what, those in (("missing", names - saved), ("left over", saved - names)):
+        if those:
+            raise CheckpointError(f"{folder}: cannot be loaded: {what}: {', '.join(sorted(those)[:5])}")
+
+    def read(shard: ShardedTensor) -> None:
+        shape = tuple(reader.entry(shard.key).size)
+        if shape != tuple(shard.global_shape):
+            raise CheckpointError(f"{folder}: {shard.key} has shape {shape}, not {tuple(shard.global_shape)}")
+        assert shard.data is not None
+        target = shard.data.detach().view((1,) * shard.prepend_axis_num + tuple(shard.local_shape))
+        reader.read_into(target, shard.key, shard.global_offset)
+
+    with ThreadPoolExecutor(READERS, "checkpoint reader") as threads:
+        for _ in threads.map(read, shards):
+            pass
+
+
+def _common_state(folder: Path) -> dict[str, Any]:
+    """What no rank shards: hyperparameters and step count of the optimizer."""
+    path = folder / COMMON_FILE
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_ALL)
-    except SHARD_ERRORS as error:
-        raise CheckpointError(f"{folder}: cannot be loaded: {_cause(error)}") from error
-    return loaded
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # a damaged archive raises nearly anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: cannot be read: {reason}") from error
 
 
 def check_same_architecture(folder: Path, model: ModelConfig) -> None:

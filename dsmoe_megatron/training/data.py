@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +121,17 @@ def data_identity(config: Config, tokenizer: Tokenizer, train_data: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def build_datasets(config: Config, tokenizer: Tokenizer, cache_dir: Path, say: Say = print) -> tuple[Any, Any | None]:
+def build_datasets(
+    config: Config, tokenizer: Tokenizer, cache_dir: Path, say: Say = print, train_samples: int | None = None
+) -> tuple[Any, Any | None]:
     """The training and validation datasets; rank 0 makes their sample indices, or checks those in the cache.
 
     Args:
-        config: checked recipe; the training set covers train.steps, the validation set evaluation.batches.
+        config: checked recipe; the validation set covers evaluation.batches.
         tokenizer: that the data was made with.
         cache_dir: folder of the sample indices, which all ranks see.
         say: takes one line on each blend whose indices are built, on rank 0.
+        train_samples: that the training set covers; None: train.steps of train.global_batch_size.
 
     Returns:
         Training dataset, and the validation dataset or None.
@@ -137,7 +139,7 @@ def build_datasets(config: Config, tokenizer: Tokenizer, cache_dir: Path, say: S
     Raises:
         DataError: the cache folder cannot be written or is not shared; on every rank.
     """
-    blends = blends_of(config, tokenizer, cache_dir)
+    blends = blends_of(config, tokenizer, cache_dir, train_samples)
     datasets: list[Any | None] = [None] * len(blends)
     with raised_on_every_rank():  # which is also what the other ranks wait at
         if dist.get_rank() == 0:
@@ -150,7 +152,7 @@ def build_datasets(config: Config, tokenizer: Tokenizer, cache_dir: Path, say: S
 
 
 def training_batches(
-    dataset: Any, config: Config, rank: int, ranks: int, consumed_samples: int = 0
+    dataset: Any, config: Config, rank: int, ranks: int, consumed_samples: int = 0, data_begin: int = 0
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of one training step after the other, the ramp of the batch size included.
 
@@ -160,8 +162,15 @@ def training_batches(
         rank: data-parallel rank.
         ranks: data-parallel size.
         consumed_samples: samples that earlier steps took, over all ranks.
+        data_begin: how many of them were of other data, before the first sample of these.
     """
-    return _batches(dataset, config, (rank, ranks), consumed_samples, partial(batch_size_after, config.train))
+    return _batches(
+        dataset,
+        config,
+        (rank, ranks),
+        consumed_samples - data_begin,
+        lambda taken: batch_size_after(config.train, data_begin + taken),
+    )
 
 
 def global_batches(dataset: Any, config: Config, rank: int, ranks: int) -> Iterator[list[Batch]]:

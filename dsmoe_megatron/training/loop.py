@@ -1,7 +1,7 @@
 """The training run, from a recipe to its last checkpoint."""
 
 import signal
-import time
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,9 +13,9 @@ from dsmoe_megatron.batch_ramp import batch_size_after, batch_sizes
 from dsmoe_megatron.config import Config
 from dsmoe_megatron.config_parsing import save_config
 from dsmoe_megatron.config_rules import check_config
-from dsmoe_megatron.errors import CheckpointError, ConfigurationError, TrainingError
+from dsmoe_megatron.errors import ConfigurationError, DSMoEError, TrainingError
 from dsmoe_megatron.planning.parameters import count_parameters
-from dsmoe_megatron.run_folder import Progress, find_checkpoint
+from dsmoe_megatron.run_folder import Progress
 from dsmoe_megatron.runtime.distributed import (
     deterministic_algorithms,
     largest_of_ranks,
@@ -26,21 +26,16 @@ from dsmoe_megatron.runtime.distributed import (
 )
 from dsmoe_megatron.runtime.processes import StopSignals
 from dsmoe_megatron.tokenizers import Tokenizer, load_tokenizer
-from dsmoe_megatron.training.blends import cache_dir_of
-from dsmoe_megatron.training.checkpoint import (
-    check_disk_space,
-    has_optimizer_state,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
-from dsmoe_megatron.training.data import build_datasets, check_datasets, data_identity, global_batches, training_batches
+from dsmoe_megatron.training.beginning import begin
+from dsmoe_megatron.training.checkpoint import check_disk_space
+from dsmoe_megatron.training.data import check_datasets, global_batches, training_batches
 from dsmoe_megatron.training.engines.megatron import Batch, MegatronEngine, StepResult
 from dsmoe_megatron.training.expert_use import expert_use, mutual_information_losses
 from dsmoe_megatron.training.guards import Guards, Verdict, finite
 from dsmoe_megatron.training.metrics import MetricsWriter, progress_line, validation_line
 from dsmoe_megatron.training.profiling import StepProfiler
 from dsmoe_megatron.training.run_lock import one_job_in
+from dsmoe_megatron.training.saving import CheckpointSaver, SaveReport
 from dsmoe_megatron.training.stragglers import Stragglers
 from dsmoe_megatron.training.throughput import Throughput
 from dsmoe_megatron.training.validation import validate
@@ -117,12 +112,16 @@ class TrainingRun:
         self.engine = MegatronEngine(config, device)
         self.rank = parallel_state.get_data_parallel_rank()
         self.ranks = parallel_state.get_data_parallel_world_size()
-        self.train_data, self.validation_data = build_datasets(config, tokenizer, cache_dir_of(config), self._say)
-        self.progress = self._resume(data_identity(config, tokenizer, self.train_data))
+        beginning = begin(self.engine, config, tokenizer, run_dir, self._say)
+        self.progress = beginning.progress
+        self.train_data, self.validation_data = beginning.train_data, beginning.validation_data
+        self.saver = CheckpointSaver(self.engine, config, run_dir, self._report_save)
         self.metrics: MetricsWriter | None = None
         if dist.get_rank() == 0:
             save_config(config, run_dir / "config.yaml")
             self.metrics = MetricsWriter(run_dir, config, self.progress.step, self._say)
+            if beginning.faults:
+                self.metrics.event({"step": self.progress.step, "damaged_checkpoints": beginning.faults})
             self._say(_introduction(config, self.progress))
         self.validation_batches: list[list[Batch]] = []
         self.guards = Guards(config.train, self.progress.guards)
@@ -134,37 +133,6 @@ class TrainingRun:
     def _say(self, text: str) -> None:
         if dist.get_rank() == 0:
             print(text, flush=True)
-
-    def _resume(self, identity: str) -> Progress:
-        """Load the run's newest checkpoint, else the one that the recipe names, else start anew."""
-        with raised_on_every_rank():
-            if (self.run_dir / "progress.json").is_file():  # a run there would begin again with it for ever
-                rule = "is a step folder, not a run's: name another, and give this one as checkpoint.load"
-                raise ConfigurationError("train.run_dir", str(self.run_dir), rule)
-            folder = find_checkpoint(self.run_dir)
-            if folder is None and self.config.checkpoint.load is not None:
-                folder = find_checkpoint(Path(self.config.checkpoint.load))
-                if folder is None:
-                    raise CheckpointError(f"{self.config.checkpoint.load}: no checkpoint there (checkpoint.load)")
-        if folder is None:
-            return Progress(data_identity=identity)
-        with raised_on_every_rank():
-            weights_alone = not has_optimizer_state(folder)
-            if weights_alone:
-                load_weights(self.engine, self.config, folder)
-        if weights_alone:
-            self._say(f"started from {folder}: weights alone, so the optimizer is fresh and this is step 0")
-            return Progress(data_identity=identity)
-        with raised_on_every_rank():
-            progress = load_checkpoint(self.engine, self.config, folder)
-            if progress.data_identity != identity:
-                raise CheckpointError(
-                    f"{folder}: was trained on other data (blend, tokenizer, train.sequence_length, train.seed or, "
-                    "where a dataset is repeated, train.steps differ), so the samples that it has seen are unknown "
-                    "here; restore them or start in a new train.run_dir"
-                )
-        self._say(f"resumed from {folder}")
-        return progress
 
     def train(self) -> None:
         """Take the steps that are left; validate, log and save on the way and at the end.
@@ -182,7 +150,22 @@ class TrainingRun:
             return
         if progress.step and self._is_due(config.evaluation.interval, False) and not self._is_validated():
             self._validate()
-        batches = training_batches(self.train_data, config, self.rank, self.ranks, progress.consumed_samples)
+        try:
+            self._take_steps()
+            self.saver.finish()
+        except DSMoEError as error:
+            if error.on_every_rank:  # a checkpoint that is being written is as good as it was
+                self.saver.complete()
+            raise
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _take_steps(self) -> None:
+        config, progress = self.config, self.progress
+        batches = training_batches(
+            self.train_data, config, self.rank, self.ranks, progress.consumed_samples, progress.data_begin
+        )
         throughput = Throughput(config, self.engine.device, dist.get_world_size())
         self.stragglers.step_begins()
         for micro_batches in batches:
@@ -203,18 +186,21 @@ class TrainingRun:
                 if not stops:
                     self._agree()
                     stops = self._stops()
+            self.saver.poll()
             if self._is_due(config.checkpoint.interval, last or stops):
-                started = time.perf_counter()
                 with throughput.aside("save"):
-                    folder = save_checkpoint(self.engine, config, progress, self.run_dir)
-                self._say(f"saved {folder} in {time.perf_counter() - started:.1f} s")
+                    self.saver.start(progress)
             throughput.go_on()
             self.stragglers.step_begins()
             if last or stops:
                 break
         self.profiler.close()
+
+    def _report_save(self, report: SaveReport) -> None:
+        if dist.get_rank() == 0:
+            print(report, file=sys.stdout if report.failure is None else sys.stderr, flush=True)
         if self.metrics is not None:
-            self.metrics.close()
+            self.metrics.save(report.line())
 
     def _stops(self) -> bool:
         """Whether a stop signal has come, to whichever rank, by the time that all last agreed on it."""
@@ -247,16 +233,17 @@ class TrainingRun:
         verdicts: list[Verdict] = []
 
         def accepts(lm_loss: float, grad_norm: float) -> bool:
+            self.saver.before_update()
             verdicts.append(self._agree(self.guards.judge(lm_loss, grad_norm)))
             return verdicts[-1] is Verdict.APPLIED
 
         self.profiler.before(progress.step + 1)
         result = self.engine.train_step(micro_batches, accepts)
-        samples = range(progress.consumed_samples, progress.consumed_samples + batch_size)
+        samples = range(progress.data_position, progress.data_position + batch_size)
         progress.step += 1
         self.profiler.after(progress.step)
         progress.consumed_samples += batch_size
-        progress.tokens = progress.consumed_samples * config.train.sequence_length
+        progress.tokens += batch_size * config.train.sequence_length
         self.guards.remember(verdicts[0], progress.step, samples, result.lm_loss, result.grad_norm)
         if not result.applied:
             self._say(
@@ -268,7 +255,10 @@ class TrainingRun:
     def _give_up(self) -> NoReturn:
         """Stop on bad steps in a row, leaving what there is to see beside the run's own checkpoints."""
         folder = self.run_dir / "post_mortem"
-        save_checkpoint(self.engine, self.config, self.progress, folder)
+        self.saver.complete()
+        saver = CheckpointSaver(self.engine, self.config, folder, self._report_save)
+        saver.start(self.progress)
+        saver.complete()
         last, count = self.progress.step, self.guards.in_a_row
         with raised_on_every_rank():
             if dist.get_rank() == 0:

@@ -1,7 +1,10 @@
 """What a run leaves to read: metrics.jsonl, expert_use.jsonl, the trackers' curves, and a line on the terminal."""
 
 import datetime
+import errno
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, config: Config, resumed_step: int, say: Say) -> None:
         self.run_dir = run_dir
+        self._waiting: dict[str, str] = {}
         logged_step = max(_keep_steps(run_dir / name, resumed_step) for name in (METRICS, EXPERT_USE))
         self.trackers = Trackers(run_dir, config, resumed_step, logged_step, say)
 
@@ -46,16 +50,50 @@ class MetricsWriter:
             numbers = {name: value for name, value in router.items() if isinstance(value, float)}
             self._curves(f"experts/{router['kind']}/layer_{router['layer']:02d}", {"step": step, **numbers})
 
+    def event(self, line: dict[str, Any]) -> None:
+        """A line on something that happens now and then; its numbers are no curves."""
+        self._append(METRICS, line)
+
+    def save(self, line: dict[str, Any]) -> None:
+        """A line on a checkpoint; its times and size become curves."""
+        self._append(METRICS, line)
+        self._curves("checkpoint", line)
+
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        with (self.run_dir / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Lines for which there is no room, while a checkpoint fills the disk, wait for the next one."""
+        text = self._waiting.pop(name, "") + json.dumps(line) + "\n"
+        try:
+            _append_whole(self.run_dir / name, text)
+        except OSError as error:
+            self._waiting[name] = text
+            print(f"{self.run_dir / name}: {error.strerror}: its lines wait", file=sys.stderr, flush=True)
 
     def _curves(self, group: str, line: dict[str, Any]) -> None:
         numbers = {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
         self.trackers.points(line["step"], {f"{group}/{name}": value for name, value in numbers.items()})
 
     def close(self) -> None:
+        """Write what waits, and end the trackers."""
+        for name, text in self._waiting.items():
+            try:
+                _append_whole(self.run_dir / name, text)
+            except OSError as error:
+                lost = f"{text.count(chr(10))} lines could not be written"
+                print(f"{self.run_dir / name}: {error.strerror}: {lost}", file=sys.stderr, flush=True)
+        self._waiting = {}
         self.trackers.close()
+
+
+def _append_whole(path: Path, text: str) -> None:
+    """Append all of it, or nothing: half a line would spoil what follows."""
+    with path.open("ab", buffering=0) as file:
+        size, data = file.seek(0, os.SEEK_END), text.encode()
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def _keep_steps(path: Path, last_step: int) -> int:

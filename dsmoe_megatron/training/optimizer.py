@@ -1,8 +1,6 @@
 """AdamW in megatron-core's distributed optimizer, and the schedules of its learning rate."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,32 +72,6 @@ def clip_gradients(optimizer: MegatronOptimizer, largest_norm: float, norm: floa
         parameters = distributed.get_parameters()
         if parameters:
             clip_grad_by_total_norm_fp32(parameters, largest_norm, norm)
-
-
-@contextlib.contextmanager
-def allow_loading_without_fused_adam(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Let a loaded state keep the step count of torch's AdamW.
-
-    megatron-core 0.16.1 loads a `fully_reshardable` state tensor by tensor and leaves `step` out, which the setter then
-    misses when neither apex nor Transformer Engine supplies the optimizer (distrib_optimizer.py,
-    _set_main_param_and_optimizer_states).
-    """
-    optimizers = wrapped_optimizers(optimizer)
-    for distributed in optimizers:
-        distributed._set_main_param_and_optimizer_states = partial(_set_keeping_step, distributed)
-    try:
-        yield
-    finally:
-        for distributed in optimizers:
-            del distributed._set_main_param_and_optimizer_states
-
-
-def _set_keeping_step(distributed: Any, model_parameter: Any, tensors: dict[str, Any]) -> None:
-    group, order = distributed.model_param_group_index_map[model_parameter]
-    state = distributed.optimizer.state[distributed.optimizer.param_groups[group]["params"][order]]
-    if "step" not in tensors and "step" in state:
-        tensors = {**tensors, "step": state["step"]}
-    type(distributed)._set_main_param_and_optimizer_states(distributed, model_parameter, tensors)
 
 
 def own_step_counts(optimizer: MegatronOptimizer) -> None:

@@ -30,7 +30,6 @@ class Throughput:
         self.flops_per_token = training_flops(config).model
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = peak_of_device(name, config.train.precision)
-        self.total_samples = samples_of_steps(config.train, config.train.steps)
         self.aside_seconds: dict[Aside, float] = {"validation": 0.0, "save": 0.0}
         self.seconds, self.steps, self.samples = 0.0, 0, 0
         self.go_on()
@@ -78,7 +77,8 @@ class Throughput:
             times_left(progress.step, config.train.steps, interval)
             for interval in (config.evaluation.interval, config.checkpoint.interval)
         )
-        training = (self.total_samples - progress.consumed_samples) * self.seconds / self.samples
+        left = samples_of_steps(config.train, config.train.steps - progress.step, progress.consumed_samples)
+        training = left * self.seconds / self.samples
         return training + validations * seconds["validation"] + saves * seconds["save"]
 
 

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from checkpoints_tools.export_hf import export
 from checkpoints_tools.verify import main
-from dsmoe_megatron.config import Config
 from tests.made_up_runs import ARCHITECTURE, LLAMA, QWEN, VOCABULARY, make_run
-from tests.training_jobs import micro_batches, tiny_config
+from tests.training_jobs import checkpoint_job, tiny_config
 from tests.worker_pool import WorkerPool
 
 GATED = {"hidden_act": "silu", "gated_mlp": True, "attention_type": "gqa", "head_dim": 8}
@@ -27,25 +26,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "sparse-trained": {**GATED, "expert_training": "sparse", "num_experts_per_tok": 2},
     "llama": {**GATED, "num_experts": 1, "moe_intermediate_size": 96},
 }
-
-
-def checkpoint_job(config: Config, load: Path | None, steps: int) -> None:
-    """Save a checkpoint of `steps` steps of training, on top of one that may be of another layout."""
-    from megatron.core import parallel_state
-
-    from dsmoe_megatron.run_folder import Progress
-    from dsmoe_megatron.runtime.distributed import model_parallel_groups
-    from dsmoe_megatron.training.checkpoint import load_checkpoint, save_checkpoint
-    from dsmoe_megatron.training.engines.megatron import MegatronEngine
-
-    with model_parallel_groups(config.parallel, config.train.seed):
-        engine = MegatronEngine(config, torch.device("cpu"))
-        if load is not None:
-            load_checkpoint(engine, config, load)
-        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        for step in range(steps):
-            engine.train_step(micro_batches(config, step, rank, ranks))
-        save_checkpoint(engine, config, Progress(step=7), Path(config.train.run_dir))
 
 
 @dataclass
@@ -62,7 +42,7 @@ class Trained:
             folder.mkdir(parents=True)
             values = {"vocab_size": VOCABULARY, **MODELS[model]}
             config = tiny_config(values, parallel, {"tokenizer": str(self.tokenizer)}, run_dir=str(folder))
-            self.pool.run(parallel.get("tensor", 1), checkpoint_job, config, load, steps)
+            self.pool.run(parallel.get("tensor", 1), checkpoint_job, config, steps, load)
         return folder
 
 
@@ -334,6 +314,6 @@ def test_whole_exports_of_every_architecture_pass(
 
 
 def test_the_command_says_what_goes_together(verify: Verify, sound: Path, tmp_path: Path) -> None:
-    for arguments in ([], ["--checkpoint", "a"], ["--checkpoint", "a", "--other", "b", "--hf", "c"], ["--other", "b"]):
+    for arguments in ([], ["--checkpoint", "a", "--other", "b", "--hf", "c"], ["--other", "b"]):
         assert verify(*arguments).code == 2
     assert "neither a run folder" in verify("--checkpoint", tmp_path, "--hf", sound).errors[0]

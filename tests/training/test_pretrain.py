@@ -197,7 +197,7 @@ def test_baselines_train_and_validate(worker_pool: WorkerPool, small_data: Small
         worker_pool.run(2, pretrain_job, config)
         lines = training_lines(tmp_path / name)
         assert lines[6]["lm_loss"] < lines[1]["lm_loss"] - 0.2
-        policies[name] = read_lines(tmp_path / name)[-1]["policies"]
+        [policies[name]] = [line["policies"] for line in read_lines(tmp_path / name) if "policies" in line]
 
     assert policies["dense"]["dense"]["active_share"] == 1.0
     assert 0.3 < policies["sparse"]["topk 2"]["active_share"] < 1.0

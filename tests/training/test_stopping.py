@@ -46,7 +46,8 @@ def test_a_signal_saves_and_the_next_start_goes_on(
     assert training_lines(tmp_path) == training_lines(whole_run)
     validations = [[line for line in read_lines(run) if "policies" in line] for run in (tmp_path, whole_run)]
     assert validations[0] == validations[1]
-    assert len(read_lines(tmp_path)) == len(read_lines(whole_run))
+    others = [[line for line in read_lines(run) if "save_s" not in line] for run in (tmp_path, whole_run)]
+    assert len(others[0]) == len(others[1])
 
 
 def test_a_signal_before_the_first_step_ends_the_run_without_one(

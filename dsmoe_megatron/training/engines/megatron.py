@@ -25,14 +25,8 @@ from dsmoe_megatron.model.gpt import build_chunks, routers, unwrap
 from dsmoe_megatron.model.router import Router
 from dsmoe_megatron.model.transformer_config import transformer_config
 from dsmoe_megatron.runtime.backends import layer_backend
-from dsmoe_megatron.training.optimizer import (
-    allow_loading_without_fused_adam,
-    build_optimizer,
-    build_schedule,
-    clip_gradients,
-    own_step_counts,
-    wrapped_optimizers,
-)
+from dsmoe_megatron.training.optimizer import build_optimizer, build_schedule, clip_gradients, wrapped_optimizers
+from dsmoe_megatron.training.optimizer_shards import load_step_count, sharded_optimizer_state
 
 # one micro-batch: tokens, labels, loss_mask, position_ids (in their documents where these are separate), each [B, S]
 Batch = dict[str, Tensor]
@@ -90,13 +84,10 @@ class MegatronEngine:
             overlap_param_gather=overlap,
         )
         # the first chunk's backward ends the step: only its buckets can overlap
-        wrapped = [
+        return [
             DistributedDataParallel(self.transformer, ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
         ]
-        for chunk in wrapped:
-            _count_padding_between_buckets(chunk)
-        return wrapped
 
     def _connect_schedule(self) -> None:
         """Tell megatron-core's schedule, through its configuration, how gradients are scaled and synchronised."""
@@ -129,7 +120,8 @@ class MegatronEngine:
 
         Args:
             micro_batches: of this rank.
-            accepts: is given the loss and the gradient norm, and answers alike on every rank; False leaves weights and
+            accepts: called when the gradients are there and weights and optimizer state are still as they were; is
+                given the loss and the gradient norm, and answers alike on every rank. False leaves weights and
                 optimizer as they are, while the schedule moves on. None accepts all.
         """
         lm_loss = self.forward_backward(micro_batches)
@@ -228,52 +220,35 @@ class MegatronEngine:
             yield ("model" if len(self.chunks) == 1 else f"model{index}"), chunk
 
     def sharded_state(self, is_loading: bool = False) -> dict[str, Any]:
-        """Weights and, after the first update, optimizer state as megatron-core's sharded tensors."""
+        """Weights and, after the first update, optimizer state as megatron-core's sharded tensors.
+
+        They are the tensors that are trained, not copies.
+        """
         model = self.sharded_weights()
         if not (self.has_optimizer_state or is_loading):
             return model
-        # both settings make the optimizer's tensors global too, so that every layout loads every other's
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
         if is_loading:
             for optimizer in wrapped_optimizers(self.optimizer):
-                optimizer._init_optimizer_states_with_dummy_values()
-        optimizer_state = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-        return {**model, "optimizer": optimizer_state}
+                if not optimizer.optimizer.state:
+                    optimizer._init_optimizer_states_with_dummy_values()
+        return {**model, "optimizer": sharded_optimizer_state(self.optimizer, model)}
 
-    def load_state(self, state: dict[str, Any], step: int) -> None:
-        """Take over what dist_checkpointing.load made of `sharded_state`, and set the schedule to `step`."""
-        self._load_weights(state)
-        with allow_loading_without_fused_adam(self.optimizer):
-            self.optimizer.load_state_dict(state["optimizer"])
-        own_step_counts(self.optimizer)
+    def load_state(self, common: dict[str, Any], step: int) -> None:
+        """Take over a checkpoint whose tensors have been read into those of `sharded_state`.
+
+        Args:
+            common: what is no tensor in it.
+            step: to set the schedule to.
+        """
+        load_step_count(self.optimizer, common["optimizer"])
         self.has_optimizer_state = True
         self.schedule.num_steps = 0
         self.schedule.step(increment=step)
 
-    def load_weights(self, state: dict[str, Any]) -> None:
-        """Take over what dist_checkpointing.load made of `sharded_weights`; optimizer and schedule stay at step 0."""
-        self._load_weights(state)
+    def weights_loaded(self) -> None:
+        """Take over weights that have been read into those of `sharded_weights`; the optimizer stays at step 0."""
         # the optimizer has master copies of bf16 weights: without this the first step would bring the old ones back
         self.optimizer.reload_model_params()
-
-    def _load_weights(self, state: dict[str, Any]) -> None:
-        for name, chunk in self._named_chunks():
-            model = unwrap(chunk)
-            extra_states = {key: None for key in model.state_dict() if key.endswith(EXTRA_STATE)}
-            model.load_state_dict({**state[name], **extra_states})
-
-
-def _count_padding_between_buckets(chunk: DistributedDataParallel) -> None:
-    """Make megatron-core's optimizer checkpoints right where a gradient buffer has several buckets.
-
-    get_parameter_state_dp_zero of megatron-core 0.16.1 leaves out the padding at the end of each bucket, but
-    sharded_param_state_fully_reshardable looks parameters up at places that count it: the optimizer state of everything
-    after a padded bucket would be saved from the wrong place. With the padding counted as content both agree.
-    """
-    for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-        buffer.numel_unpadded = buffer.numel
 
 
 def _masked_mean(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,0 +1,147 @@
+"""The distributed optimizer's state as parts of global tensors, where it lies: nothing is gathered, nothing copied.
+
+A data-parallel rank owns a range of a parameter's values in row-major order. A range of an array of d axes is at most
+2d - 1 boxes, and torch's distributed checkpoint takes boxes of any size. So every rank saves and loads what it owns,
+whatever the layout of the other side. megatron-core's own `fully_reshardable` format, whose names and global shapes
+these are, gathers the state of all data-parallel ranks on each of them: three copies of it at once.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from dsmoe_megatron.training.optimizer import own_step_counts, wrapped_optimizers
+
+STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
+PREFIX = "optimizer.state"
+
+
+def sharded_optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> dict[Any, Any]:
+    """Hyperparameters and step count of each parameter group, and this rank's part of the state per parameter.
+
+    Args:
+        optimizer: megatron-core's distributed optimizer, or a chain of them.
+        model_state: sharded tensors of all parameters, which say where in the global tensors they lie.
+
+    Returns:
+        For dist_checkpointing; its tensors are the optimizer's own, so that loading fills them in place.
+    """
+    optimizers = wrapped_optimizers(optimizer)
+    if len(optimizers) > 1:
+        optimizer._synchronize_steps()  # Transformer Engine's does not count the steps of empty groups
+    states = [
+        {**distributed.state_dict(), "param_state": _param_state(distributed, model_state)}
+        for distributed in optimizers
+    ]
+    return states[0] if len(states) == 1 else dict(enumerate(states))
+
+
+def load_step_count(optimizer: MegatronOptimizer, saved: dict[Any, Any]) -> None:
+    """Take over what is no tensor of a saved state: how many steps were done. All else is the recipe's.
+
+    The saved chain may have another length: megatron-core's own MoELayer has a second optimizer under expert
+    parallelism only.
+
+    Args:
+        optimizer: its tensors are loaded.
+        saved: what `sharded_optimizer_state` gave, without tensors.
+    """
+    states = [saved] if "optimizer" in saved else list(saved.values())
+    groups = [group for state in states for group in state["optimizer"]["param_groups"]]
+    step = next((group["step"] for group in groups if group.get("step") is not None), None)
+    for distributed in wrapped_optimizers(optimizer):
+        state = distributed.state_dict()
+        for group in state["optimizer"]["param_groups"]:
+            if step is not None:
+                group["step"] = step
+        distributed.load_state_dict(state)
+    own_step_counts(optimizer)
+
+
+def _param_state(distributed: Any, model_state: dict[str, Any]) -> list[list[ShardedTensor]]:
+    places = _places(model_state)
+    return [
+        list(_shards(distributed, parameter, ranges["param"], places[parameter]))
+        for by_dtype in distributed.gbuf_ranges
+        for buckets in by_dtype.values()
+        for bucket in buckets
+        for parameter, ranges in bucket["param_map"].items()
+    ]
+
+
+def _places(model_state: dict[str, Any]) -> dict[Tensor, list[ShardedTensor]]:
+    """Parameter -> the parts of global tensors that it consists of; a gated projection has two."""
+    bases, _ = extract_sharded_tensors_and_factories(model_state)
+    return {
+        base.data: list(nested_values(base.build())) if isinstance(base, ShardedTensorFactory) else [base]
+        for base in nested_values(bases)
+    }
+
+
+def _shards(distributed: Any, parameter: Tensor, owned: Any, parts: list[ShardedTensor]) -> Iterator[ShardedTensor]:
+    """This rank's range of a parameter: a sharded tensor per kind of state and box."""
+    states = distributed._get_main_param_and_optimizer_states(parameter)
+    for part in parts:
+        assert part.data is not None
+        assert part.data.is_contiguous(), f"{part.key}: is cut along an inner axis"
+        first = part.data.storage_offset() - parameter.storage_offset()
+        begin, end = max(owned.start, first), min(owned.end, first + part.data.numel())
+        for offsets, sizes in boxes(part.local_shape, begin - first, max(begin, end) - first):
+            place = begin - owned.start
+            begin += math.prod(sizes)
+            for key in STATE_KEYS:
+                if key in states:  # before the first step there are no moments
+                    values = states[key].detach()[place : place + math.prod(sizes)]
+                    yield _shard(f"{PREFIX}.{key}.{part.key}", values, part, offsets, sizes)
+
+
+def _shard(
+    key: str, values: Tensor, part: ShardedTensor, offsets: Sequence[int], sizes: Sequence[int]
+) -> ShardedTensor:
+    prepended = part.prepend_axis_num
+    shape = (*[1] * prepended, *sizes)
+    within = (*[0] * prepended, *offsets)
+    return ShardedTensor(
+        key,
+        values.view(shape),
+        values.dtype,
+        shape,
+        part.global_shape,
+        tuple(begin + offset for begin, offset in zip(part.global_offset, within, strict=True)),
+        axis_fragmentations=None,  # not a regular grid
+        # replicas are those of the parameter, except that every data-parallel rank owns another range
+        replica_id=(*part.replica_id[:2], 0),
+    )
+
+
+def boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The boxes that hold the values [begin, end) of a row-major array, in order: (offsets, sizes) of each."""
+    if begin >= end:
+        return
+    if len(shape) <= 1:
+        yield (begin,), (end - begin,)
+        return
+    row = math.prod(shape[1:])
+    if begin % row:  # the rest of a row that is begun
+        index, stop = begin // row, min(end, (begin // row + 1) * row)
+        yield from _in_row(shape, index, begin, stop)
+        begin = stop
+    if whole := (end - begin) // row:
+        yield (begin // row, *[0] * (len(shape) - 1)), (whole, *shape[1:])
+        begin += whole * row
+    if begin < end:
+        yield from _in_row(shape, begin // row, begin, end)
+
+
+def _in_row(
+    shape: Sequence[int], index: int, begin: int, end: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    row = math.prod(shape[1:])
+    for offsets, sizes in boxes(shape[1:], begin - index * row, end - index * row):
+        yield (index, *offsets), (1, *sizes)
