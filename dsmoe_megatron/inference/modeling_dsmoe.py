@@ -98,6 +98,15 @@ class DSMoEPreTrainedModel(PreTrainedModel):
             for parameter in module.parameters(recurse=False):
                 initialization.normal_(parameter, std=self.config.initializer_range)
 
+    # transformers looks for the uses of its interfaces in this file's text alone; they are in routed_layers.py
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """As transformers', with one product per active expert as the default, which is transformers' own on a GPU."""
         requested = PER_EXPERT if requested_experts is None else requested_experts
