@@ -81,7 +81,7 @@ def measure_length(attention: Attention, length: int, device: torch.device) -> d
 def measure(lengths: list[int], longest_written_out: int, device: torch.device) -> dict[str, Any]:
     """The whole report."""
     report: dict[str, Any] = {"surroundings": surroundings(device), "lengths": lengths, "attention": {}}
-    with process_group(device, timeout_minutes=5), model_parallel_groups(ParallelConfig(), seed=1234):
+    with process_group(device, timeout_s=300), model_parallel_groups(ParallelConfig(), seed=1234):
         for name, attention in contestants(device).items():
             print(f"attention: {name}", file=sys.stderr)
             own_lengths = [length for length in lengths if name != MEGATRON or length <= longest_written_out]

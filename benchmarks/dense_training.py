@@ -179,7 +179,7 @@ def measure(cases: Sequence[Case], repeats: int, device: torch.device) -> dict[s
     """The whole report."""
     around = surroundings(device)
     layers, steps = ([case for case in cases if case.build is build] for build in (layer_pass, training_step))
-    with process_group(device, timeout_minutes=5), model_parallel_groups(ParallelConfig(), seed=1234):
+    with process_group(device, timeout_s=300), model_parallel_groups(ParallelConfig(), seed=1234):
         # bytes in bf16, which real runs train in, are the same where its products are slow
         memory = [measure_memory(case, device) for case in (*steps, in_bf16(steps[0]))]
         timed = [*cases, in_bf16(layers[0])] if supports_bf16(device) else cases

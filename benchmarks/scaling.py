@@ -140,7 +140,7 @@ def measure(size: str, repeats: int, device: torch.device) -> dict[str, Any]:
             )
             for width in (256, 512, 1024, 2048)
         }
-    with process_group(device, timeout_minutes=5), model_parallel_groups(ParallelConfig(), seed=1234):
+    with process_group(device, timeout_s=300), model_parallel_groups(ParallelConfig(), seed=1234):
         rows = [scaling(name, configs, repeats, device) for name, configs in growing(base, sequence_length).items()]
         shares = [
             gate_share(name, single_batch(model, 2, sequence_length), min(repeats, 5), device)

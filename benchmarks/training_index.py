@@ -147,7 +147,7 @@ def measure_blend(tokens: int, files: int, repeats: int, device: torch.device) -
 def measure(tokens: int, files: int, repeats: int, device: torch.device) -> dict[str, Any]:
     """The whole report."""
     report: dict[str, Any] = {"surroundings": surroundings(device), "repeats": repeats}
-    with process_group(device, timeout_minutes=5):
+    with process_group(device, timeout_s=300):
         report["blends"] = [measure_blend(tokens, number, repeats, device) for number in (1, files)]
     return report
 

@@ -269,7 +269,8 @@ class TrainConfig:
     deterministic: bool = False
     """On GPUs take only algorithms that repeat bit for bit, which costs speed; on a CPU every run does."""
     timeout_minutes: float = 10.0
-    """A collective that waits longer ends the run [minutes]."""
+    """A run that takes longer for its start, a step, a batch of validation or a save has hung: every rank writes its
+    stack to run_dir/stacks and the run ends [minutes]."""
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dsmoe_megatron.config import ParallelConfig
-from dsmoe_megatron.errors import DSMoEError
+from dsmoe_megatron.errors import DSMoEError, TrainingError
 from dsmoe_megatron.runtime.processes import end_with_parent
 
 
@@ -40,12 +40,12 @@ def prepare_device() -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device, timeout_minutes: float) -> Iterator[None]:
+def process_group(device: torch.device, timeout_s: float) -> Iterator[None]:
     """torch.distributed for the time of the block; a process that was started alone is a group of one.
 
     Args:
         device: decides the backend: nccl for CUDA (gloo beside it for host tensors), gloo for the CPU.
-        timeout_minutes: a collective that waits longer raises [minutes].
+        timeout_s: a collective that waits longer raises [s].
     """
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, alone)
@@ -60,7 +60,7 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[None
         store=store,
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=datetime.timedelta(minutes=timeout_minutes),
+        timeout=datetime.timedelta(seconds=timeout_s),
     )
     try:
         yield
@@ -86,6 +86,24 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextlib.contextmanager
+def said_in_one_line() -> Iterator[None]:
+    """Files that cannot be read or written, and ranks that are gone, become an error of ours."""
+    try:
+        yield
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        raise TrainingError(f"{place}{error.strerror or error}") from error
+    except RuntimeError as error:
+        # gloo raises nothing more particular
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        cause = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"lost another rank, whose own message, if it had time for one, says why ({cause})"
+        ) from error
 
 
 @contextlib.contextmanager

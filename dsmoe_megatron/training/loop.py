@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ from dsmoe_megatron.runtime.distributed import (
     model_parallel_groups,
     process_group,
     raised_on_every_rank,
+    said_in_one_line,
     seed_dropout,
 )
 from dsmoe_megatron.runtime.processes import StopSignals
@@ -32,6 +34,7 @@ from dsmoe_megatron.training.data import check_datasets, global_batches, trainin
 from dsmoe_megatron.training.engines.megatron import Batch, MegatronEngine, StepResult
 from dsmoe_megatron.training.expert_use import expert_use, mutual_information_losses
 from dsmoe_megatron.training.guards import Guards, Verdict, finite
+from dsmoe_megatron.training.hang_watch import HangWatch, grace_seconds
 from dsmoe_megatron.training.metrics import MetricsWriter, progress_line, validation_line
 from dsmoe_megatron.training.profiling import StepProfiler
 from dsmoe_megatron.training.run_lock import one_job_in
@@ -53,13 +56,24 @@ def pretrain(config: Config, device: torch.device) -> None:
     """
     stop_signals = StopSignals()
     stop_signals.listen()
-    with deterministic_algorithms(config.train.deterministic), process_group(device, config.train.timeout_minutes):
+    limit_s = 60 * config.train.timeout_minutes
+    with (
+        said_in_one_line(),
+        deterministic_algorithms(config.train.deterministic),
+        # a collective that waits as long as it may outlasts the hang watch, which says more
+        process_group(device, limit_s + 3 * grace_seconds(limit_s)),
+    ):
         run_dir = Path(config.train.run_dir)
         with raised_on_every_rank():
             tokenizer = open_data(config)
             _make_run_dir(run_dir, config)
-        with one_job_in(run_dir), model_parallel_groups(config.parallel, config.train.seed):
-            run = TrainingRun(config, device, tokenizer, run_dir, stop_signals)
+        watch = HangWatch(run_dir, limit_s, dist.get_rank(), dist.get_world_size())
+        with (
+            one_job_in(run_dir),
+            watch.watching(),
+            model_parallel_groups(config.parallel, config.train.seed),
+        ):
+            run = TrainingRun(config, device, tokenizer, run_dir, stop_signals, watch.beat)
             run.train()
 
 
@@ -103,12 +117,19 @@ class TrainingRun:
         tokenizer: of the data.
         run_dir: exists.
         stop_signals: end the run early when one has come.
+        beat: is called with what was done whenever the run has got on.
     """
 
     def __init__(
-        self, config: Config, device: torch.device, tokenizer: Tokenizer, run_dir: Path, stop_signals: StopSignals
+        self,
+        config: Config,
+        device: torch.device,
+        tokenizer: Tokenizer,
+        run_dir: Path,
+        stop_signals: StopSignals,
+        beat: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.config, self.run_dir, self.stop_signals = config, run_dir, stop_signals
+        self.config, self.run_dir, self.stop_signals, self.beat = config, run_dir, stop_signals, beat
         self.engine = MegatronEngine(config, device)
         self.rank = parallel_state.get_data_parallel_rank()
         self.ranks = parallel_state.get_data_parallel_world_size()
@@ -172,6 +193,7 @@ class TrainingRun:
             batch_size = batch_size_after(config.train, progress.consumed_samples)
             result = self._step(micro_batches, batch_size)
             throughput.step_done(batch_size)
+            self.beat(f"step {progress.step}")
             last = progress.step == config.train.steps
             if self._is_logged(progress.step):
                 figures = {**throughput.figures(progress), **self.stragglers.figures()}
@@ -312,7 +334,8 @@ class TrainingRun:
             batches = global_batches(self.validation_data, self.config, self.rank, self.ranks)
             self.validation_batches = [next(batches) for _ in range(self.config.evaluation.batches)]
         line: dict[str, Any] = {"step": self.progress.step}
-        line |= validate(self.engine, self.validation_batches, self.config)
+        name = f"a batch of the validation at step {self.progress.step}"
+        line |= validate(self.engine, self.validation_batches, self.config, lambda: self.beat(name))
         self.progress.last_validation = line
         if self.metrics is not None:
             self.metrics.validation(line)

@@ -1,7 +1,7 @@
 """Validation in the loop: the same batches under the dense policy and under each sparse one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,19 +15,22 @@ from dsmoe_megatron.planning.parameters import active_share
 from dsmoe_megatron.training.engines.megatron import Batch, MegatronEngine
 
 
-def validate(engine: MegatronEngine, batches: Sequence[Sequence[Batch]], config: Config) -> dict[str, Any]:
+def validate(
+    engine: MegatronEngine, batches: Sequence[Sequence[Batch]], config: Config, batch_done: Callable[[], None]
+) -> dict[str, Any]:
     """Perplexity and active share per policy.
 
     Args:
         engine: its routers take the policies for the time of the call.
         batches: this rank's micro-batches of each global batch.
         config: recipe.
+        batch_done: is called after every batch.
 
     Returns:
         validation_loss [nats per token] as the model was trained (dense, or the sparse baseline's own top-k), and
         policies: name -> perplexity and active_share (of parameters without embeddings); the same on every rank.
     """
-    loss = _mean_loss(engine, batches)
+    loss = _mean_loss(engine, batches, batch_done)
     model = config.model
     trained_sparse = model.has_mlp_router and model.expert_training == "sparse"
     name = f"topk {model.num_experts_per_tok}" if trained_sparse else "dense"
@@ -38,7 +41,7 @@ def validate(engine: MegatronEngine, batches: Sequence[Sequence[Batch]], config:
     if model.has_attention_router or (model.has_mlp_router and not trained_sparse):
         for section in config.evaluation.policies:
             policy = resolve_policy(section, config)
-            policies[policy_name(policy)] = _under_policy(engine, batches, policy, config)
+            policies[policy_name(policy)] = _under_policy(engine, batches, policy, config, batch_done)
     return {"validation_loss": loss, "policies": policies}
 
 
@@ -84,13 +87,17 @@ class _CountingChoice:
 
 
 def _under_policy(
-    engine: MegatronEngine, batches: Sequence[Sequence[Batch]], policy: ExpertPolicy, config: Config
+    engine: MegatronEngine,
+    batches: Sequence[Sequence[Batch]],
+    policy: ExpertPolicy,
+    config: Config,
+    batch_done: Callable[[], None],
 ) -> dict[str, float]:
     choice = _CountingChoice(policy, config.model.num_hidden_layers, engine.device)
     for router in engine.routers:
         router.control.choose_experts = choice
     try:
-        loss = _mean_loss(engine, batches)
+        loss = _mean_loss(engine, batches, batch_done)
     finally:
         for router in engine.routers:
             router.control.choose_experts = None
@@ -100,5 +107,9 @@ def _under_policy(
     return {"perplexity": math.exp(loss), "active_share": share}
 
 
-def _mean_loss(engine: MegatronEngine, batches: Sequence[Sequence[Batch]]) -> float:
-    return sum(engine.evaluate(micro_batches) for micro_batches in batches) / len(batches)
+def _mean_loss(engine: MegatronEngine, batches: Sequence[Sequence[Batch]], batch_done: Callable[[], None]) -> float:
+    total = 0.0
+    for micro_batches in batches:
+        total += engine.evaluate(micro_batches)
+        batch_done()
+    return total / len(batches)
