@@ -1,6 +1,7 @@
 # make quickstart   the whole main job, small: corpus, tokenizer, training, export, generation
 # make test         every test
 # make test-vllm    the tests of serving, on vLLM for the CPU, in an environment of its own (.venv-vllm, 3.5 GB)
+# make faults       a hundred faults, one after the other, in training runs that must come out as if nothing had been
 # make check        lint, format, types, import rules
 # make clean        remove what these made; runs/ stays
 #
@@ -22,7 +23,7 @@ VLLM_VERSION := 0.32.0
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-vllm check clean
+.PHONY: help quickstart test test-vllm faults check clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -38,6 +39,12 @@ test-vllm: $(VLLM_INSTALLED)
 	@$(VLLM_VENV)/bin/python -m pytest --quiet --confcutdir tests/serving tests/serving
 	@$(VLLM_VENV)/bin/python -m pytest --quiet --noconftest tests/inference/test_modeling_dsmoe.py tests/inference/test_active_experts.py
 
+# goes on where it was broken off; FAULTS, SEED: how many, and which. As root it fills disks and mounts folders read-only
+FAULTS ?= 100
+SEED ?= 1
+faults: $(INSTALLED)
+	@$(VENV)/bin/python -m tests.faults.campaign --folder fault_runs --injections $(FAULTS) --seed $(SEED)
+
 check: $(INSTALLED)
 	@$(VENV)/bin/ruff check --quiet
 	@$(VENV)/bin/ruff format --check --quiet
@@ -45,7 +52,7 @@ check: $(INSTALLED)
 	@$(VENV)/bin/python -m pytest --quiet tests/test_import_rules.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) quickstart_run build dist ./*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) quickstart_run fault_runs build dist ./*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/bin/python $(VLLM_VENV)/bin/python:

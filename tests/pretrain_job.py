@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import os
+import shutil
+import sysconfig
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +17,14 @@ from dsmoe_megatron.config import Config, DataConfig, DatasetSource, EvaluationC
 from dsmoe_megatron.runtime.processes import StopSignals
 from tests.damaged_steps import damage_steps
 from tests.training_jobs import tiny_config
+
+TRAIN_MODULES = ("argparse.py", "ast.py", "calendar.py", "copy.py", "csv.py", "datetime.py", "difflib.py", "dis.py")
+VALIDATION_MODULES = ("fractions.py", "ftplib.py", "functools.py", "gettext.py")
+# figures of metrics.jsonl that depend on the clock
+CLOCK = {
+    *("step_time_s", "tokens_per_s", "model_tflops_per_s_per_device", "mfu", "time_left_s"),
+    *("rank_time_median_s", "rank_time_max_s", "slowest_rank"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,25 @@ class SmallData:
     tokenizer: str
     train: str
     validation: str
+
+
+def make_small_data(folder: Path) -> SmallData:
+    """Tokenizer and datasets of modules of the standard library, unless they are there."""
+    from data_tools.preprocess import preprocess
+    from data_tools.train_tokenizer import train_tokenizer
+
+    library = Path(sysconfig.get_paths()["stdlib"])
+    data = SmallData(str(folder / "tokenizer.model"), str(folder / "train_set"), str(folder / "validation_set"))
+    if Path(f"{data.validation}.manifest.json").exists():
+        return data
+    for name, modules in (("train", TRAIN_MODULES), ("validation", VALIDATION_MODULES)):
+        (folder / name).mkdir(parents=True)
+        for module in modules:
+            shutil.copy(library / module, folder / name / module)
+    train_tokenizer([str(folder / "train")], str(folder / "tokenizer"), vocab_size=500)
+    preprocess([str(folder / "train")], data.train, data.tokenizer)
+    preprocess([str(folder / "validation")], data.validation, data.tokenizer)
+    return data
 
 
 def run_config(small_data: SmallData, run_dir: Path, /, **sections: dict[str, Any]) -> Config:
@@ -136,9 +165,5 @@ def read_lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any
 
 def training_lines(run_dir: Path) -> dict[int, dict[str, Any]]:
     """step -> its line, without the figures that depend on the clock."""
-    clock = {
-        *("step_time_s", "tokens_per_s", "model_tflops_per_s_per_device", "mfu", "time_left_s"),
-        *("rank_time_median_s", "rank_time_max_s", "slowest_rank"),
-    }
     lines = [line for line in read_lines(run_dir) if "lm_loss" in line]
-    return {line["step"]: {key: value for key, value in line.items() if key not in clock} for line in lines}
+    return {line["step"]: {key: value for key, value in line.items() if key not in CLOCK} for line in lines}

@@ -47,7 +47,7 @@ def check_run(config: Config, device: torch.device) -> None:
     Raises:
         DSMoEError: what stands in the way of a run.
     """
-    with deterministic_algorithms(config.train.deterministic), process_group(device, config.train.timeout_minutes):
+    with deterministic_algorithms(config.train.deterministic), process_group(device, 60 * config.train.timeout_minutes):
         with raised_on_every_rank():
             rows = {"data": _check_data(config)}
         with model_parallel_groups(config.parallel, config.train.seed), _temporary_folder(config) as folder:

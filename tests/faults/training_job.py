@@ -1,7 +1,9 @@
 """A training run as a user starts it, torchrun and its ranks, for tests that disturb it."""
 
 import contextlib
+import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,36 +16,33 @@ import psutil
 
 from dsmoe_megatron.config import Config
 from dsmoe_megatron.config_parsing import save_config
-from tests.pretrain_job import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "DSMOE_TEST_JOB"
 VERB = ("-m", "dsmoe_megatron", "pretrain")
+INTRODUCTION = re.compile(r"\| steps (\d+) to ")
 # torchrun gives ranks 30 s after one of them has failed; a run that takes longer than this hangs
-SECONDS_TO_END = 60.0
+SECONDS_TO_END = 120.0
 
 
 class TrainingJob:
     """`torchrun ... pretrain` in processes of its own.
 
     Args:
-        config: recipe; its run folder is made, and holds the recipe and what the job prints.
+        config: recipe.
+        logs: folder of the recipe and of what the job prints.
         processes: ranks.
         program: what torchrun starts, with its arguments.
-        prefix: command that starts torchrun (`unshare -m ...`).
     """
 
-    def __init__(
-        self, config: Config, processes: int = 2, program: Sequence[str] = VERB, prefix: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, config: Config, logs: Path, processes: int = 2, program: Sequence[str] = VERB) -> None:
         self.config, self.run_dir, self.processes = config, Path(config.train.run_dir), processes
-        folder = self.run_dir.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        recipe = folder / f"{self.run_dir.name}.yaml"
+        logs.mkdir(parents=True, exist_ok=True)
+        recipe = logs / f"{self.run_dir.name}.yaml"
         save_config(config, recipe)
         torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-        self.command = [*prefix, *torchrun, *program, "--config", str(recipe)]
-        self.output = folder / f"{self.run_dir.name}.log"
+        self.command = [*torchrun, *program, "--config", str(recipe)]
+        self.output = logs / f"{self.run_dir.name}.log"
         self.mark = ""
         self.process: subprocess.Popen[bytes] | None = None
         self.printed_before = 0
@@ -77,7 +76,7 @@ class TrainingJob:
         """The process of a rank."""
         for process in self.alive():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("RANK") == str(number) and "pretrain" in process.cmdline():
+                if process.environ().get("RANK") == str(number) and "--config" in process.cmdline():
                     return process
         raise AssertionError(f"rank {number} is not there:\n{self.printed()}")
 
@@ -102,6 +101,16 @@ class TrainingJob:
                 )
             time.sleep(0.005)
 
+    def wait_for_introduction(self) -> None:
+        """Until the run has said from which step it goes on."""
+        self.wait_until(lambda: INTRODUCTION.search(self.printed()))
+
+    @property
+    def begins_after(self) -> int:
+        """The step that this start goes on from."""
+        found = INTRODUCTION.search(self.printed())
+        return int(found.group(1)) - 1 if found else 0
+
     def wait_for_step(self, step: int) -> None:
         self.wait_until(lambda: self.last_step() >= step)
 
@@ -110,9 +119,12 @@ class TrainingJob:
         return max((line["step"] for line in self.lines() if "lm_loss" in line), default=0)
 
     def lines(self) -> list[dict[str, Any]]:
+        """Whole lines of metrics.jsonl."""
+        lines = []
         with contextlib.suppress(FileNotFoundError, ValueError):
-            return read_lines(self.run_dir)
-        return []
+            for text in (self.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+                lines.append(json.loads(text))
+        return lines
 
     def end(self, seconds: float = SECONDS_TO_END) -> int | None:
         """Wait until torchrun has ended and then for its processes; the exit code, None if one of them is left."""
