@@ -24,13 +24,13 @@ class Injection:
         strike: puts it into a job, which it may start itself, and takes it out again once the job has ended.
         saves: the run saves before it ends, so that no step is lost.
         refuses: the run says what is wrong in one line and ends, instead of training.
-        survives: the run goes on to its end.
+        takes_a_checkpoint: the newest checkpoint is damaged, and steps of it are lost.
     """
 
     strike: Strike
     saves: bool = False
     refuses: bool = False
-    survives: bool = False
+    takes_a_checkpoint: bool = False
 
 
 def _some_steps(job: TrainingJob, chance: random.Random) -> None:
@@ -117,6 +117,15 @@ def corrupt_index_cache(job: TrainingJob, chance: random.Random) -> None:
     signal_to_rank(job, chance)
 
 
+def corrupt_checkpoint(job: TrainingJob, chance: random.Random) -> None:
+    """The next start finds it and goes on from the checkpoint before."""
+    latest = job.run_dir / "latest"
+    if latest.is_file():
+        folder = job.run_dir / "checkpoints" / latest.read_text().strip()
+        _flip_a_byte(chance.choice(sorted(folder.glob("*.distcp"))), chance)
+    signal_to_rank(job, chance)
+
+
 def truncate_data(job: TrainingJob, chance: random.Random) -> None:
     tokens = Path(f"{job.config.data.train[0].prefix}.bin")
     size = tokens.stat().st_size
@@ -169,6 +178,7 @@ INJECTIONS = {
     "SIGTERM or SIGUSR1 to a rank": Injection(signal_to_rank, saves=True),
     "SIGTERM to torchrun, twice": Injection(signals_to_torchrun, saves=True),
     "SIGSTOP of a rank": Injection(stop_rank),
+    "corrupted checkpoint": Injection(corrupt_checkpoint, saves=True, takes_a_checkpoint=True),
     "corrupted index cache": Injection(corrupt_index_cache, saves=True),
     "truncated .bin": Injection(truncate_data, refuses=True),
     "read-only checkpoint folder": Injection(read_only_checkpoints),
