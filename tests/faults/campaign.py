@@ -121,7 +121,7 @@ class Campaign:
         outcome.lost_steps = shown - kept
         # while one checkpoint is being written the steps go on, to the next one at most
         limit = 0 if injection.saves else 2 * SAVED_EVERY
-        if outcome.lost_steps > limit and kind not in NEED_MOUNTS:
+        if outcome.lost_steps > limit:
             outcome.wrong += f"{outcome.lost_steps} steps lost where at most {limit} may be"
         if injection.takes_a_checkpoint:
             outcome.lost_steps = max(before - job.begins_after, 0)

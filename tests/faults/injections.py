@@ -149,25 +149,32 @@ def _read_only(folder: Path) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+def _until_a_save_fails(job: TrainingJob) -> None:
+    job.wait_until(lambda: "cannot save" in job.printed())
+
+
 def read_only_checkpoints(job: TrainingJob, chance: random.Random) -> None:
+    """Until a save fails; then the run is stopped."""
     folder = job.run_dir / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     with _read_only(folder):
         _some_steps(job, chance)
-        job.end()
+        _until_a_save_fails(job)
+    job.rank(chance.randrange(job.processes)).send_signal(signal.SIGTERM)
 
 
 def full_disk(job: TrainingJob, chance: random.Random) -> None:
-    """What is left of the run's disk is filled while it trains."""
+    """What is left of the run's disk is filled until a save fails; then the run is stopped."""
     _some_steps(job, chance)
     filler = job.run_dir / "somebody_elses_file"
     try:
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(1 << 16))
-        job.end()
+        _until_a_save_fails(job)
     finally:
         filler.unlink()
+    job.rank(chance.randrange(job.processes)).send_signal(signal.SIGTERM)
 
 
 INJECTIONS = {
@@ -181,7 +188,7 @@ INJECTIONS = {
     "corrupted checkpoint": Injection(corrupt_checkpoint, saves=True, takes_a_checkpoint=True),
     "corrupted index cache": Injection(corrupt_index_cache, saves=True),
     "truncated .bin": Injection(truncate_data, refuses=True),
-    "read-only checkpoint folder": Injection(read_only_checkpoints),
-    "full disk": Injection(full_disk),
+    "read-only checkpoint folder": Injection(read_only_checkpoints, saves=True),
+    "full disk": Injection(full_disk, saves=True),
 }
 NEED_MOUNTS = ("read-only checkpoint folder", "full disk")
