@@ -52,7 +52,7 @@ def main(recipe: str, begun: str) -> None:
     from dsmoe_megatron.runtime.processes import StopSignals
 
     device = prepare_device()
-    from dsmoe_megatron.training import loop
+    from dsmoe_megatron.training import beginning, loop
 
     parts.ends("import of megatron-core and the loop")
     torch.set_num_threads(1)
@@ -67,7 +67,7 @@ def main(recipe: str, begun: str) -> None:
             loop.MegatronEngine = parts.around(  # type: ignore[misc, assignment]
                 loop.MegatronEngine, "the rest", "model"
             )
-            loop.build_datasets = parts.around(loop.build_datasets, "the rest", "sample indices")
+            beginning.build_datasets = parts.around(beginning.build_datasets, "the rest", "sample indices")
             run = loop.TrainingRun(config, device, tokenizer, run_dir, StopSignals())
             run.engine.train_step = parts.around(  # type: ignore[method-assign]
                 run.engine.train_step, "the rest", "first step"
