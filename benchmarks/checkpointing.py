@@ -3,9 +3,9 @@
     python -m benchmarks.checkpointing [--megabytes 1000] [--repeats 5] [--folder DIR] [--json FILE]
 
 A model of so much state (weights, master copies, two moments) is trained on this process. In every repeat, in changing
-order: a save that training waits for, a save beside the training, a check, a load, and the same bytes written as plain
-files and synced, or read into memory that is there, by as many threads. What is read is dropped from the page cache
-first, so that it comes from the disk.
+order: a save that training waits for, a save beside the training, a check, a load, the same bytes written as plain
+files and synced, and the checkpoint's files read into memory that is there, by as many threads. What is read is dropped
+from the page cache first, so that it comes from the disk.
 """
 
 import os
@@ -184,10 +184,9 @@ def turns(bench: Bench, scratch: Path, repeats: int) -> Iterator[dict[str, dict[
         LOAD: lambda: cold(bench.load, lambda: bench.newest),
         CHECK: lambda: cold(bench.check, lambda: bench.newest),
         WRITE: write,
-        READ: lambda: cold(lambda: read_plainly(plain, contents, FILES_PER_RANK), lambda: plain),
+        READ: lambda: cold(lambda: read_plainly(bench.newest, contents, FILES_PER_RANK), lambda: bench.newest),
     }
     order = random.Random(1234)
-    write()  # what is read in the first turn
     for _ in range(repeats):
         found = {}
         for name in order.sample(list(runs), len(runs)):
