@@ -167,12 +167,16 @@ def turns(bench: Bench, scratch: Path, repeats: int) -> Iterator[dict[str, dict[
     bench.save(asynchronous=False)
     bench.save(asynchronous=True)  # which makes the memory for the copies
     contents = {path.name: bytearray(path.read_bytes()) for path in bench.newest.iterdir()}
-    plain = scratch / "plain"
+    plain, before = scratch / "plain", scratch / "plain_before"
+    plain.mkdir()
 
     def write() -> dict[str, float]:
-        shutil.rmtree(plain, ignore_errors=True)
+        # as a checkpoint: the one before goes when the new one is there, whose memory and blocks are fresh therefore
+        plain.rename(before)
         plain.mkdir()
-        return timed(lambda: write_plainly(plain, contents, FILES_PER_RANK))
+        seconds = timed(lambda: write_plainly(plain, contents, FILES_PER_RANK))
+        shutil.rmtree(before)
+        return seconds
 
     def cold(action: Callable[[], object], folder: Callable[[], Path]) -> dict[str, float]:
         drop_from_cache(folder())
@@ -187,6 +191,7 @@ def turns(bench: Bench, scratch: Path, repeats: int) -> Iterator[dict[str, dict[
         READ: lambda: cold(lambda: read_plainly(bench.newest, contents, FILES_PER_RANK), lambda: bench.newest),
     }
     order = random.Random(1234)
+    write()  # the one before
     for _ in range(repeats):
         found = {}
         for name in order.sample(list(runs), len(runs)):
