@@ -1,15 +1,17 @@
 """The command line: `python -m dsmoe_megatron VERB ...`. Heavy imports wait until a verb needs them."""
 
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from dsmoe_megatron.config_parsing import parse_verb
 from dsmoe_megatron.config_rules import check_config
-from dsmoe_megatron.errors import ConfigurationError, DSMoEError, exit_with
+from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError, exit_with
 from dsmoe_megatron.runtime.processes import end_with_parent
 
 PROGRAM = "dsmoe-megatron"
@@ -30,13 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return VERBS[verb].run(rest) or 0
     except DSMoEError as error:
         rank = int(os.environ.get("RANK", "0"))
-        if rank == 0:
-            exit_with(error, PROGRAM)
-        if error.on_every_rank:
+        if rank and error.on_every_rank:
             time.sleep(SECONDS_FOR_RANK_0)
             return error.exit_code
+        _leave_word(error)
+        if rank == 0:
+            exit_with(error, PROGRAM)
         exit_with(error, f"{PROGRAM}: rank {rank}")
     return 0
+
+
+def _leave_word(error: DSMoEError) -> None:
+    """Tell the launcher, to which torchrun does not hand exit codes on, that another start would end the same way."""
+    if "DSMOE_FAULT_FILE" in os.environ:
+        with contextlib.suppress(OSError):
+            Path(os.environ["DSMOE_FAULT_FILE"]).write_text(f"{error}\n", encoding="utf-8")
 
 
 def _usage() -> str:
@@ -71,6 +81,19 @@ def _pretrain(arguments: Sequence[str]) -> None:
         from dsmoe_megatron.training.loop import pretrain
 
         pretrain(config, device)
+
+
+def _progress(arguments: Sequence[str]) -> None:
+    from dsmoe_megatron.run_folder import find_checkpoint, saved_step, step_folders
+
+    config, _ = parse_verb(arguments, f"{PROGRAM} progress", PretrainOptions)
+    run_dir = Path(config.train.run_dir)
+    try:
+        folder = find_checkpoint(run_dir)
+    except CheckpointError:  # a resume looks for the one before
+        folder = next(iter(step_folders(run_dir)), None)
+    step = saved_step(folder) if folder is not None else 0
+    print(f"step {step or 0} of {config.train.steps} in {run_dir}")
 
 
 def _estimate(arguments: Sequence[str]) -> None:
@@ -132,6 +155,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "pretrain": Verb("train a model from a recipe; continues a run found in train.run_dir", _pretrain),
+    "progress": Verb("how far the newest checkpoint of a recipe's run has come", _progress),
     "evaluate": Verb(
         "perplexity, active parameters and tasks under expert policies; finds limits per layer", _evaluate
     ),

@@ -12,6 +12,9 @@
 #SBATCH --mem=0
 #SBATCH --time=2-00:00:00
 #SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
 """:"
 set -euo pipefail
 recipe=dsmoe_1b

@@ -26,9 +26,14 @@ class StopSignals:
         self.received = 0
 
     def listen(self) -> None:
-        """Take the signals from now until the process ends: the second of two must not kill what the first began."""
+        """Take the signals from now on, all of them: the second of two must not kill what the first began."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
+
+    def ignore(self) -> None:
+        """Let no further signal end this process: Python takes handlers, but not this, back before it exits."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.received = number

@@ -75,6 +75,7 @@ def pretrain(config: Config, device: torch.device) -> None:
         ):
             run = TrainingRun(config, device, tokenizer, run_dir, stop_signals, watch.beat)
             run.train()
+            stop_signals.ignore()
 
 
 def open_data(config: Config, world_size: int | None = None) -> Tokenizer:

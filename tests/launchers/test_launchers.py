@@ -20,7 +20,7 @@ SIZES = ("1b", "3b", "6b")
 def run(command: list[str], folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run with SLURM's and our own variables taken from `environment` alone."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "DSMOE_"))}
-    environment = {**inherited, "DSMOE_PYTHON": sys.executable, **environment}
+    environment = {**inherited, "DSMOE_PYTHON": sys.executable, "DSMOE_SITE": os.devnull, **environment}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -104,16 +104,64 @@ def test_sbatch_starts_one_torchrun_on_each_node(tmp_path: Path, slurm_commands:
         SLURM_CPUS_PER_TASK="16",
     )
 
-    assert words[:10] == [
+    assert words[:12] == [
         *("srun", "--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1", "--kill-on-bad-exit=1"),
         *("--cpus-per-task", "16"),
+        *("bash", str(LAUNCHERS / "on_node.sh")),
     ]
     torchrun = words[words.index("torch.distributed.run") + 1 : words.index("dsmoe_megatron")]
     assert torchrun == [
         *("--nproc-per-node", "8", "--nnodes", "2"),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "gpu3:22345", "--rdzv-id", "12345", "-m"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "gpu3:22345", "--rdzv-id", "12345.0", "-m"),
     ]
     assert words[-2:] == ["--train.steps", "2"]
+
+
+def test_the_starts_of_a_batch_job_do_not_meet(tmp_path: Path, slurm_commands: Path) -> None:
+    words = dry_run(
+        LAUNCHERS / "pretrain_3b.sh",
+        folder=tmp_path,
+        PATH=f"{slurm_commands}:{os.environ['PATH']}",
+        SLURM_JOB_ID="12345",
+        SLURM_NNODES="2",
+        SLURM_JOB_NODELIST="gpu[3-4]",
+        SLURM_RESTART_COUNT="2",
+        ENVIRONMENT="BATCH",
+    )
+
+    assert words[words.index("--rdzv-endpoint") : words.index("--rdzv-id") + 2] == [
+        *("--rdzv-endpoint", "gpu3:24363", "--rdzv-id", "12345.2"),
+    ]
+
+
+def test_a_batch_job_of_one_node_has_a_step_too(tmp_path: Path) -> None:
+    words = dry_run(LAUNCHERS / "pretrain_1b.sh", folder=tmp_path, SLURM_JOB_ID="7", ENVIRONMENT="BATCH")
+
+    assert words[:3] == ["srun", "--nodes", "1"]
+    assert "--standalone" in words
+
+
+def test_the_site_file_sets_interpreter_and_container(tmp_path: Path) -> None:
+    site = tmp_path / "site.env"
+    site.write_text(f"export DSMOE_CONTAINER='env MARK=1'\nexport DSMOE_PYTHON={sys.executable}\n")
+
+    words = dry_run(LAUNCHERS / "pretrain_1b.sh", folder=tmp_path, DSMOE_SITE=str(site))
+
+    assert words[:4] == ["env", "MARK=1", sys.executable, "-m"]
+
+
+def test_a_site_file_that_is_not_there_is_said(tmp_path: Path) -> None:
+    finished = run(["bash", str(LAUNCHERS / "pretrain_1b.sh")], tmp_path, DSMOE_SITE="/nowhere")
+
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert finished.stderr == "error: DSMOE_SITE = /nowhere: no such file\n"
+
+
+def test_the_example_of_a_site_file_changes_nothing_as_it_stands(tmp_path: Path) -> None:
+    example = str(LAUNCHERS / "site.env.example")
+
+    launcher = LAUNCHERS / "pretrain_1b.sh"
+    assert dry_run(launcher, folder=tmp_path, DSMOE_SITE=example) == dry_run(launcher, folder=tmp_path)
 
 
 def test_a_lost_repository_is_said(tmp_path: Path) -> None:

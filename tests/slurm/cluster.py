@@ -135,7 +135,7 @@ class SlurmCluster:
 
     def node_state(self, name: str) -> str:
         """What sinfo calls the node's state: idle, mixed, allocated, down ...; a star says that it does not answer."""
-        return self._answer(["sinfo", "--noheader", "--Node", f"--nodes={name}", "--format=%T"])
+        return self._answer(["sinfo", "--noheader", "--partition=all", f"--nodes={name}", "--format=%T"])
 
     def wait(self, job: int, until: str = "COMPLETED", timeout: float = 120) -> None:
         """Wait until the job is in a state.

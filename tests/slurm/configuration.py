@@ -42,14 +42,20 @@ ReturnToService=2
 SlurmdTimeout={node_timeout}
 SlurmctldTimeout=10
 MessageTimeout=5
-KillWait=5
+KillWait=30
 InactiveLimit=0
 MinJobAge=3600
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 """
 NODE = "NodeName={name} NodeAddr={address} CPUs={cpus} RealMemory=8000 Gres=gpu:{gpus}\n"
-PARTITION = "PartitionName=all Nodes=ALL Default=YES DefaultTime=10 MaxTime=INFINITE State=UP\n"
+# A job of the partition `urgent` takes its nodes from jobs of `all`, which have GraceTime seconds to end.
+PARTITIONS = """\
+PartitionName=all Nodes=ALL Default=YES DefaultTime=10 MaxTime=INFINITE State=UP GraceTime=60
+PartitionName=urgent Nodes=ALL PriorityTier=2 DefaultTime=10 MaxTime=INFINITE State=UP
+"""
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def _slurm_conf(folder: Path, shape: ClusterShape) -> str:
         NODE.format(name=name, address=address, cpus=shape.cpus_per_node, gpus=shape.gpus_per_node)
         for name, address in shape.addresses().items()
     ]
-    return head + "".join(nodes) + PARTITION
+    return head + "".join(nodes) + PARTITIONS
 
 
 def _fake_gpus(devices: Path, count: int) -> str:
