@@ -78,13 +78,13 @@ def test_a_job_that_fails_without_getting_on_is_not_requeued_for_ever(
     job = submit(slurm_cluster, tmp_path, {**environment, "RANK_DOES": "fail", "DSMOE_RESTARTS_WITHOUT_PROGRESS": "1"})
     slurm_cluster.wait(job, until="FAILED")
 
+    # srun's code is that of a failed torchrun or of one that it has killed, whichever comes first
     said = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("launch.sh:")]
-    assert said == [
-        f"launch.sh: job {job}: srun ended with exit code 1",
+    assert [line for line in said if "srun ended with exit code" not in line] == [
         f"launch.sh: job {job}: requeued at step 0 of 2",
-        f"launch.sh: job {job}: srun ended with exit code 1",
         f"launch.sh: job {job}: no checkpoint after step 0 in 2 starts in a row; not requeued",
     ]
+    assert len(said) == 4
     # a rendezvous of its own for each start
     ids = {path.name.split("_")[1] for path in tmp_path.glob("rank_*.json")}
     assert ids == {f"{job}.0", f"{job}.1"}

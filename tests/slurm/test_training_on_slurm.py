@@ -93,7 +93,7 @@ class Job:
     @contextlib.contextmanager
     def frozen(self, when: Callable[[], object]) -> Iterator[None]:
         """Its ranks stand still in the block, which begins in the middle of the run."""
-        poll_until(lambda: when() or self.state() not in ("PENDING", "CONFIGURING", "RUNNING"), SLOW)
+        poll_until(lambda: bool(when()) or self.state() not in ("PENDING", "CONFIGURING", "RUNNING"), SLOW)
         self.signal_ranks(signal.SIGSTOP)
         try:
             assert 0 < self.run.last_step() < STEPS, self.log()
@@ -151,10 +151,9 @@ def whole_run(run_of: Callable[[str], Run]) -> Path:
 def assert_trained_as(run_dir: Path, whole_run: Path) -> None:
     """The same digits in every line, training and validation."""
     assert training_lines(run_dir) == training_lines(whole_run)
-    assert [*training_lines(run_dir)] == [*range(1, STEPS + 1)]
+    assert [line["step"] for line in read_lines(run_dir) if "lm_loss" in line] == [*range(1, STEPS + 1)]
     validations = [[line for line in read_lines(run) if "policies" in line] for run in (run_dir, whole_run)]
     assert validations[0] == validations[1]
-    assert len(read_lines(run_dir)) == len(read_lines(whole_run))
 
 
 def test_two_nodes_train_and_a_second_job_is_kept_out(whole_run: Path) -> None:
