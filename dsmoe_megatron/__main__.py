@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from dsmoe_megatron.config_parsing import parse_verb
 from dsmoe_megatron.config_rules import check_config
-from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError, exit_with
+from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError, PassingError, exit_with
 from dsmoe_megatron.runtime.processes import end_with_parent
 
 PROGRAM = "dsmoe-megatron"
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _leave_word(error: DSMoEError) -> None:
     """Tell the launcher, to which torchrun does not hand exit codes on, that another start would end the same way."""
-    if "DSMOE_FAULT_FILE" in os.environ:
+    if "DSMOE_FAULT_FILE" in os.environ and not isinstance(error, PassingError):
         with contextlib.suppress(OSError):
             Path(os.environ["DSMOE_FAULT_FILE"]).write_text(f"{error}\n", encoding="utf-8")
 

@@ -49,6 +49,10 @@ class TrainingError(DSMoEError):
     """The run itself went wrong: a loss that is not finite, a disk that is full."""
 
 
+class PassingError(TrainingError):
+    """Ended from outside by what may be over at the next start: a rank that is gone, a file that could not be read."""
+
+
 class EnvironmentNotSupportedError(DSMoEError):
     """A library version or a device that this code was not written for."""
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dsmoe_megatron.config import ParallelConfig
-from dsmoe_megatron.errors import DSMoEError, TrainingError
+from dsmoe_megatron.errors import DSMoEError, PassingError
 from dsmoe_megatron.runtime.processes import end_with_parent
 
 
@@ -95,13 +95,13 @@ def said_in_one_line() -> Iterator[None]:
         yield
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        raise TrainingError(f"{place}{error.strerror or error}") from error
+        raise PassingError(f"{place}{error.strerror or error}") from error
     except RuntimeError as error:
         # gloo raises nothing more particular
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         cause = str(error).strip().splitlines()[0]
-        raise TrainingError(
+        raise PassingError(
             f"lost another rank, whose own message, if it had time for one, says why ({cause})"
         ) from error
 
