@@ -215,7 +215,7 @@ def test_scancel_saves_and_does_not_requeue(run_of: Callable[[str], Run]) -> Non
         run.cluster.run(["scancel", str(job.number)])
     job.wait("CANCELLED")
 
-    assert "SIGTERM: stops after step" in job.log()
+    assert "stops after step" in job.log()  # at SIGTERM from SLURM or SIGUSR1 from the launcher, whichever is first
     assert 2 <= run.checkpoint() < STEPS
     assert "requeued at step" not in job.log()
 
