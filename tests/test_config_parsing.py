@@ -196,7 +196,7 @@ def test_help_says_what_each_key_means_and_its_unit(capsys: pytest.CaptureFixtur
 
     text = " ".join(capsys.readouterr().out.split())
     assert "--train.timeout_minutes" in text
-    assert "A collective that waits longer ends the run [minutes]. (type: float, default: 10.0)" in text
+    assert "stack to run_dir/stacks and the run ends [minutes]. (type: float, default: 10.0)" in text
 
 
 def test_nothing_deprecated_is_used(recipe: str) -> None:
