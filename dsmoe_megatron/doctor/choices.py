@@ -4,7 +4,7 @@ The rules repeat what runtime/backends.py, model/specs.py and megatron-core 0.16
 optimizer/clip_grads.py, tensor_parallel/layers.py) decide at run time; tests hold them against what these build.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsmoe_megatron.config import Config
 from dsmoe_megatron.doctor.environment import Environment
@@ -119,8 +119,8 @@ def reasons_against(environment: Environment, config: Config) -> list[str]:
 
 def _reasons_of_size(environment: Environment, config: Config) -> list[str]:
     """The layout's processes and their memory against what this one machine has."""
-    if config.model.vocab_size is None:
-        config.model.vocab_size = USUAL_VOCABULARY
+    vocabulary = config.model.vocab_size or USUAL_VOCABULARY
+    config = replace(config, model=replace(config.model, vocab_size=vocabulary))
     fewest = smallest_world_size(config)
     processes = max(fewest, len(environment.devices))
     # the memory of a rank is the same on every row of the table; only its limit is not

@@ -1,12 +1,11 @@
 """The verb `doctor`."""
 
 import argparse
-import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from dsmoe_megatron.config import Config
 from dsmoe_megatron.config_parsing import load_config
@@ -17,6 +16,21 @@ UNRELATED_APEX = (
     "apex: the package installed under this name is not NVIDIA's but an unrelated one of PyPI; "
     "pip uninstall apex, and install NVIDIA's from its repository"
 )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is to be said of one recipe.
+
+    Attributes:
+        recipe: its name.
+        uses: what it is computed with.
+        reasons: why it cannot run here; empty where it can.
+    """
+
+    recipe: str
+    uses: list[Choice]
+    reasons: list[str]
 
 
 def build_parser(program: str = "dsmoe-megatron doctor") -> argparse.ArgumentParser:
@@ -49,43 +63,39 @@ def doctor(arguments: Sequence[str], program: str = "dsmoe-megatron doctor") -> 
     findings = [examine(environment, name, config) for name, config in recipes.items()]
     if options.json:
         report = {
-            "environment": dataclasses.asdict(environment),
+            "environment": asdict(environment),
             "warnings": warnings(environment),
-            "recipes": findings,
+            "recipes": [asdict(finding) for finding in findings],
         }
         print(json.dumps(report, indent=2))
     else:
         print(as_text(environment, findings))
-    return int(any(finding["reasons"] for finding in findings))
+    return int(any(finding.reasons for finding in findings))
 
 
-def examine(environment: Environment, name: str, config: Config) -> dict[str, Any]:
+def examine(environment: Environment, name: str, config: Config) -> Finding:
     """What one recipe would use, and why it cannot run."""
-    return {
-        "recipe": name,
-        "uses": [dataclasses.asdict(choice) for choice in choices(environment, config)],
-        "reasons": reasons_against(environment, config),
-    }
+    return Finding(name, choices(environment, config), reasons_against(environment, config))
 
 
 def warnings(environment: Environment) -> list[str]:
     return [UNRELATED_APEX] if environment.apex == "unrelated" else []
 
 
-def as_text(environment: Environment, findings: Sequence[dict[str, Any]]) -> str:
+def as_text(environment: Environment, findings: Sequence[Finding]) -> str:
     """The report for a terminal; recipes that use the same are told together."""
     lines = [*_machine(environment), *(f"warning: {warning}" for warning in warnings(environment))]
     for _, alike in itertools.groupby(sorted(findings, key=_uses), key=_uses):
         group = list(alike)
-        lines += ["", *_choices([Choice(**values) for values in group[0]["uses"]])]
+        lines += ["", *_choices(group[0].uses)]
         for finding in group:
-            verdict = "; ".join(finding["reasons"])
-            lines.append(f"{finding['recipe']}: {f'cannot run here: {verdict}' if verdict else 'can run here'}")
+            verdict = "; ".join(finding.reasons)
+            lines.append(f"{finding.recipe}: {f'cannot run here: {verdict}' if verdict else 'can run here'}")
     return "\n".join(lines)
 
 
-def _uses(finding: dict[str, Any]) -> str:
-    return json.dumps(finding["uses"])
+def _uses(finding: Finding) -> str:
+    return str(finding.uses)
 
 
 def _choices(found: Sequence[Choice]) -> list[str]:
