@@ -23,6 +23,7 @@ from jsonargparse.typing import PositiveInt
 from benchmarks.measuring import (
     Run,
     Seconds,
+    add_size_option,
     benchmark_parser,
     paired_seconds,
     processor_entry,
@@ -298,7 +299,7 @@ def build_parser() -> ArgumentParser:
     parser = benchmark_parser("dense_training", "Speed and memory of dense MoE training")
     parser.add_argument("--repeats", type=PositiveInt, default=18, help="timed runs of each model")
     parser.add_argument("--threads", type=PositiveInt, default=2, help="threads of one operation on the CPU")
-    parser.add_argument("--size", choices=["full", "tiny"], default="full", help="tiny: seconds, shows that all runs")
+    add_size_option(parser)
     return parser
 
 

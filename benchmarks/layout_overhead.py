@@ -22,6 +22,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from benchmarks.measuring import (
+    add_size_option,
     benchmark_parser,
     paired_seconds,
     run_benchmark,
@@ -166,7 +167,7 @@ def build_parser() -> ArgumentParser:
     """The command line."""
     parser = benchmark_parser("layout_overhead", "TP and EP beside DP")
     parser.add_argument("--repeats", type=PositiveInt, default=15, help="timed steps of each layout")
-    parser.add_argument("--size", choices=["full", "tiny"], default="full", help="tiny: seconds, shows that all runs")
+    add_size_option(parser)
     return parser
 
 

@@ -127,6 +127,11 @@ def benchmark_parser(module: str, description: str) -> ArgumentParser:
     return parser
 
 
+def add_size_option(parser: ArgumentParser) -> None:
+    """The option of benchmarks that tests run whole, on something tiny."""
+    parser.add_argument("--size", choices=["full", "tiny"], default="full", help="tiny: seconds, shows that all runs")
+
+
 def run_benchmark(
     parser: ArgumentParser, measure: Callable[[Namespace], dict[str, Any]], as_markdown: Callable[[dict[str, Any]], str]
 ) -> None:

@@ -18,6 +18,7 @@ from jsonargparse.typing import PositiveInt
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measuring import (
+    add_size_option,
     benchmark_parser,
     paired_seconds,
     run_benchmark,
@@ -191,7 +192,7 @@ def build_parser() -> ArgumentParser:
     parser = benchmark_parser("scaling", "How a training step's cost grows")
     parser.add_argument("--repeats", type=PositiveInt, default=9, help="timed runs of each size")
     parser.add_argument("--threads", type=PositiveInt, default=2, help="threads of one operation on the CPU")
-    parser.add_argument("--size", choices=["full", "tiny"], default="full", help="tiny: seconds, shows that all runs")
+    add_size_option(parser)
     return parser
 
 

@@ -20,7 +20,14 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
-from benchmarks.measuring import benchmark_parser, run_benchmark, surroundings, surroundings_line, table
+from benchmarks.measuring import (
+    add_size_option,
+    benchmark_parser,
+    run_benchmark,
+    surroundings,
+    surroundings_line,
+    table,
+)
 from dsmoe_megatron.config import Config, DatasetSource
 from dsmoe_megatron.config_parsing import load_config, save_config
 from dsmoe_megatron.runtime.distributed import group_of_one, model_parallel_groups, prepare_device
@@ -177,7 +184,7 @@ def build_parser() -> ArgumentParser:
     parser = benchmark_parser("training_loop", "The loop beside its steps, and the start of a run")
     parser.add_argument("--steps", type=PositiveInt, default=40, help="timed steps, half of them logged")
     parser.add_argument("--starts", type=PositiveInt, default=5, help="timed starts")
-    parser.add_argument("--size", choices=["full", "tiny"], default="full", help="tiny: seconds, shows that all runs")
+    add_size_option(parser)
     return parser
 
 

@@ -2,21 +2,18 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from checkpoints_tools import inspect_checkpoint, verify
 from dsmoe_megatron.config import ModelConfig
 from dsmoe_megatron.planning.parameters import count_parameters
+from tests.checkpoints_tools.conftest import Run
 from tests.made_up_runs import ARCHITECTURE, make_run
 from tests.training_jobs import checkpoint_job, tiny_config
 from tests.worker_pool import WorkerPool
 
-Run = Callable[..., tuple[int, str, str]]
 MODEL = {"vocab_size": 250, "router_type": "mlp", "norm_type": "layernorm"}
 
 
@@ -27,24 +24,6 @@ def saved(worker_pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> 
     folder.mkdir()
     worker_pool.run(4, checkpoint_job, tiny_config(MODEL, {"tensor": 2}, run_dir=str(folder)), 1)
     return folder
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """A tool's main function in this process: exit code, output, errors."""
-
-    def run(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_what_is_inside(saved: Path, command: Run) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from checkpoints_tools.export_hf import export
 from checkpoints_tools.verify import main
+from tests.checkpoints_tools.conftest import Run
 from tests.made_up_runs import ARCHITECTURE, LLAMA, QWEN, VOCABULARY, make_run
 from tests.training_jobs import checkpoint_job, tiny_config
 from tests.worker_pool import WorkerPool
@@ -62,20 +62,13 @@ Verify = Callable[..., Verdict]
 
 
 @pytest.fixture
-def verify(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verify:
-    """The command, in this process: loading megatron-core takes seconds."""
+def verify(command: Run) -> Verify:
+    """The command and its findings."""
 
     def run(*arguments: object) -> Verdict:
-        monkeypatch.setattr(sys, "argv", ["verify", *map(str, arguments)])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        errors = [line for line in captured.err.splitlines() if line.startswith("verify: error: ")]
-        return Verdict(code, captured.out.splitlines(), errors)
+        code, output, said = command(main, *arguments)
+        errors = [line for line in said.splitlines() if line.startswith("verify: error: ")]
+        return Verdict(code, output.splitlines(), errors)
 
     return run
 
