@@ -39,6 +39,7 @@ from dsmoe_megatron.errors import (
     DSMoEError,
     EnvironmentNotSupportedError,
     exit_with,
+    first_line,
 )
 from dsmoe_megatron.inference.policy import ExpertPolicy
 from dsmoe_megatron.inference.tensor_mapping import TensorMapping
@@ -253,7 +254,7 @@ def _named_failures(path: Path) -> Iterator[None]:
     except ImportError as error:
         raise EnvironmentNotSupportedError(f"{path}: reading it needs pip install gguf accelerate ({error})") from error
     except Exception as error:  # a damaged file, an unknown architecture: nearly anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"{path}: cannot be loaded: {reason}") from error
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from dsmoe_megatron.errors import CheckpointError
+from dsmoe_megatron.errors import CheckpointError, first_line
 
 METADATA_FILE = ".metadata"
 
@@ -59,7 +59,7 @@ def read_metadata(folder: Path) -> Metadata:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a damaged pickle raises nearly anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"{path}: not the table of contents of a distributed checkpoint: {reason}") from None
     if not isinstance(metadata, Metadata) or metadata.storage_data is None:
         raise CheckpointError(f"{path}: not the table of contents of a distributed checkpoint")

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from dsmoe_megatron.checkpoint_metadata import read_metadata
-from dsmoe_megatron.errors import CheckpointError
+from dsmoe_megatron.errors import CheckpointError, first_line
 
 BLOCK_BYTES = 4 << 20  # read at a time where the values are cut or converted on the way; near the processor's cache
 
@@ -71,7 +71,7 @@ class CheckpointReader:
             for item in items:
                 self._read_piece(item, _narrowed(target, item.dest_offsets, item.lengths))
         except (OSError, RuntimeError, ValueError, EOFError, KeyError, AssertionError, pickle.UnpicklingError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise CheckpointError(f"{self.folder}: {name} cannot be read: {reason}") from error
 
     def _read_piece(self, item: ReadItem, target: Tensor) -> None:

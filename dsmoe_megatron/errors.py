@@ -57,6 +57,11 @@ class EnvironmentNotSupportedError(DSMoEError):
     """A library version or a device that this code was not written for."""
 
 
+def first_line(error: BaseException) -> str:
+    """What a library says went wrong, without the lines that follow; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def exit_with(error: DSMoEError, program: str) -> NoReturn:
     """Print one line on standard error and end the process with the error's code."""
     message = " ".join(str(error).split())

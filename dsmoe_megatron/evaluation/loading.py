@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
 from dsmoe_megatron.config import ModelConfig
 from dsmoe_megatron.config_parsing import load_config
-from dsmoe_megatron.errors import CheckpointError, ConfigurationError
+from dsmoe_megatron.errors import CheckpointError, ConfigurationError, first_line
 from dsmoe_megatron.evaluation.policies import check_policy
 from dsmoe_megatron.inference.configuration_dsmoe import DSMoEConfig
 from dsmoe_megatron.inference.modeling_dsmoe import DSMoEForCausalLM
@@ -201,7 +201,7 @@ def _read_export(folder: Path, model_class: Any, dtype: torch.dtype | None) -> A
             ignore_mismatched_sizes=True,  # they are in the report, by name
         )
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"{folder}: cannot be loaded: {reason}") from None
     faults = {
         "lacks": report["missing_keys"],

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsmoe_megatron.errors import ConfigurationError, DataError, EnvironmentNotSupportedError
+from dsmoe_megatron.errors import ConfigurationError, DataError, EnvironmentNotSupportedError, first_line
 from dsmoe_megatron.evaluation.loading import LoadedModel
 from dsmoe_megatron.inference.policy import ExpertPolicy
 from dsmoe_megatron.planning.presentation import table
@@ -75,7 +75,7 @@ def evaluate_tasks(
                 model, tasks=names, num_fewshot=num_fewshot, limit=limit, task_manager=manager, bootstrap_iters=0
             )
         except (OSError, ValueError, KeyError, ConnectionError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise DataError(f"--tasks {' '.join(tasks)}: {reason}") from error
         scores[policy_name] = {
             task: {name: value for name, value in metrics.items() if isinstance(value, int | float)}

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dsmoe_megatron.config import ParallelConfig
-from dsmoe_megatron.errors import DSMoEError, PassingError
+from dsmoe_megatron.errors import DSMoEError, PassingError, first_line
 from dsmoe_megatron.runtime.processes import end_with_parent
 
 
@@ -100,7 +100,7 @@ def said_in_one_line() -> Iterator[None]:
         # gloo raises nothing more particular
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        cause = str(error).strip().splitlines()[0]
+        cause = first_line(error)
         raise PassingError(
             f"lost another rank, whose own message, if it had time for one, says why ({cause})"
         ) from error

@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from dsmoe_megatron.config import Config
-from dsmoe_megatron.errors import ConfigurationError, TrainingError
+from dsmoe_megatron.errors import ConfigurationError, TrainingError, first_line
 from dsmoe_megatron.planning.parameters import count_parameters
 from dsmoe_megatron.run_folder import Progress
 from dsmoe_megatron.runtime.distributed import (
@@ -55,7 +55,7 @@ def check_run(config: Config, device: torch.device) -> None:
                 rows |= _check_training(config, device, folder)
             except torch.OutOfMemoryError as error:
                 rule = "make train.micro_batch_size smaller, set train.recompute, or split the model over more GPUs"
-                raise TrainingError(f"does not fit into memory: {str(error).splitlines()[0]}; {rule}") from error
+                raise TrainingError(f"does not fit into memory: {first_line(error)}; {rule}") from error
         if dist.get_rank() == 0:
             width = max(map(len, rows))
             print("\n".join(f"{name:<{width}}  {text}" for name, text in rows.items()), flush=True)

@@ -18,7 +18,7 @@ from dsmoe_megatron.checkpoint_metadata import read_metadata
 from dsmoe_megatron.checkpoint_reading import CheckpointReader
 from dsmoe_megatron.config import Config, ModelConfig
 from dsmoe_megatron.config_parsing import load_config
-from dsmoe_megatron.errors import CheckpointError, TrainingError
+from dsmoe_megatron.errors import CheckpointError, TrainingError, first_line
 from dsmoe_megatron.run_folder import Progress, read_progress
 from dsmoe_megatron.training.engines.megatron import MegatronEngine
 from dsmoe_megatron.training.shard_writing import COMMON_FILE
@@ -145,7 +145,7 @@ def _common_state(folder: Path) -> dict[str, Any]:
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged archive raises nearly anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"{path}: cannot be read: {reason}") from error
 
 
