@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,6 +19,29 @@ from dsmoe_megatron.errors import TrainingError
 from dsmoe_megatron.training.run_lock import LOCK, RunLock
 
 BEAT_SECONDS = 0.05
+
+
+@dataclass
+class Holder:
+    """A process that holds a run folder, and the child that has inherited its descriptors."""
+
+    process: BaseProcess
+    connection: Connection
+    child: int
+
+    def stop(self) -> None:
+        """Suspend it, as a suspended node does; it stands still when this returns."""
+        os.kill(self.process.pid or 0, signal.SIGSTOP)
+        os.waitpid(self.process.pid or 0, os.WUNTRACED)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def kill_child(self) -> None:
+        if self.child:
+            os.kill(self.child, signal.SIGKILL)
+        self.child = 0
 
 
 def hold(run_dir: Path, connection: Connection) -> None:
@@ -31,12 +56,23 @@ def hold(run_dir: Path, connection: Connection) -> None:
     lock.release()
 
 
-def started_holder(run_dir: Path) -> tuple[BaseProcess, Connection, int]:
+@pytest.fixture
+def start_holder(tmp_path: Path) -> Iterator[Callable[[], Holder]]:
+    """Starts holders of `tmp_path`; whatever becomes of the test, none of their processes is left."""
     context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    holder = context.Process(target=hold, args=(run_dir, theirs), daemon=True)
-    holder.start()
-    return holder, ours, ours.recv()
+    holders = []
+
+    def start() -> Holder:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=hold, args=(tmp_path, theirs), daemon=True)
+        process.start()
+        holders.append(Holder(process, ours, ours.recv()))
+        return holders[-1]
+
+    yield start
+    for holder in holders:
+        holder.kill_child()  # it has inherited what join waits for
+        holder.kill()
 
 
 def refusal(run_dir: Path) -> str:
@@ -45,30 +81,34 @@ def refusal(run_dir: Path) -> str:
     return str(refused.value)
 
 
-def test_a_second_job_is_told_who_holds_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_job_is_told_who_holds_the_folder(
+    tmp_path: Path, start_holder: Callable[[], Holder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    holder, connection, child = started_holder(tmp_path)
+    holder = start_holder()
 
     text = refusal(tmp_path)
 
-    assert f"{tmp_path}: another job trains in this folder (process {holder.pid} on {os.uname().nodename}" in text
+    assert (
+        f"{tmp_path}: another job trains in this folder (process {holder.process.pid} on {os.uname().nodename}" in text
+    )
     assert "job 4711, since 20" in text
-    connection.send("release")
-    holder.join()
+    holder.connection.send("release")
+    holder.kill_child()
+    holder.process.join()
     RunLock(tmp_path, BEAT_SECONDS).acquire()
-    os.kill(child, signal.SIGKILL)
 
 
-def test_a_killed_holder_blocks_nobody_even_if_its_children_live(tmp_path: Path) -> None:
-    holder, _, child = started_holder(tmp_path)
+def test_a_killed_holder_blocks_nobody_even_if_its_children_live(
+    tmp_path: Path, start_holder: Callable[[], Holder]
+) -> None:
+    holder = start_holder()
     holder.kill()
-    holder.join()
 
     lock = RunLock(tmp_path, beat_seconds=3600)  # no waiting: the lock of this kernel says all
     lock.acquire()
 
     assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
-    os.kill(child, signal.SIGKILL)
 
 
 def refuse_locks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,30 +120,32 @@ def refuse_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "lockf", lockf)
 
 
-def test_without_locks_a_beating_holder_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_a_beating_holder_is_respected(
+    tmp_path: Path, start_holder: Callable[[], Holder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     refuse_locks(monkeypatch)
-    holder, _, child = started_holder(tmp_path)
+    holder = start_holder()
 
-    assert f"process {holder.pid}" in refusal(tmp_path)
+    assert f"process {holder.process.pid}" in refusal(tmp_path)
 
     holder.kill()
-    holder.join()
     RunLock(tmp_path, BEAT_SECONDS).acquire()
-    os.kill(child, signal.SIGKILL)
 
 
-def test_a_holder_that_is_overtaken_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_holder_that_is_overtaken_ends(
+    tmp_path: Path, start_holder: Callable[[], Holder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     refuse_locks(monkeypatch)
-    holder, _, child = started_holder(tmp_path)
-    os.kill(holder.pid or 0, signal.SIGSTOP)  # a suspended node: it beats no more
+    holder = start_holder()
+    holder.stop()  # it beats no more
     lock = RunLock(tmp_path, BEAT_SECONDS)
     lock.acquire()
 
-    os.kill(holder.pid or 0, signal.SIGCONT)
-    os.kill(child, signal.SIGKILL)  # it has inherited what join waits for
-    holder.join(10)
+    os.kill(holder.process.pid or 0, signal.SIGCONT)
+    holder.kill_child()
+    holder.process.join(10)
 
-    assert holder.exitcode == 1
+    assert holder.process.exitcode == 1
     time.sleep(3 * BEAT_SECONDS)
     assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     lock.release()
