@@ -29,6 +29,8 @@ from tests.pretrain_job import CLOCK, SmallData, make_small_data, run_config
 STEPS, SAVED_EVERY, VALIDATED_EVERY = 60, 4, 10
 DAMAGED_STEPS = {"7": "nan gradient", "8": "nan loss", "23": "infinite gradient", "41": "large gradient"}
 DISK_MEGABYTES = 160
+# the processes of a run and how they share the model; runs take turns
+LAYOUTS: dict[int, dict[str, Any]] = {2: {}, 4: {"tensor_parallel": 2}}
 # metrics.jsonl also has lines on what happened to this run alone
 RUN_LINES = ("lm_loss", "validation_loss")
 
@@ -52,10 +54,11 @@ class Campaign:
         data: to train on; its training set is damaged and mended.
         seed: of everything random.
         steps: of each run.
+        processes: of each run, one of LAYOUTS.
     """
 
-    def __init__(self, folder: Path, data: SmallData, seed: int, steps: int = STEPS) -> None:
-        self.folder, self.data, self.seed, self.steps = folder, data, seed, steps
+    def __init__(self, folder: Path, data: SmallData, seed: int, steps: int = STEPS, processes: int = 2) -> None:
+        self.folder, self.data, self.seed, self.steps, self.processes = folder, data, seed, steps, processes
         os.environ[DAMAGE] = json.dumps(DAMAGED_STEPS)
         self.expected = self._undisturbed()
 
@@ -63,6 +66,7 @@ class Campaign:
         return run_config(
             self.data,
             self.folder / "runs" / name,
+            parallel=dict(LAYOUTS[self.processes]),
             train={"steps": self.steps, "spike_deviations": 20.0, "spike_window": 16, "timeout_minutes": 0.5},
             checkpoint={"interval": SAVED_EVERY},
             evaluation={"interval": VALIDATED_EVERY, "batches": 1},
@@ -71,10 +75,11 @@ class Campaign:
 
     def _job(self, name: str) -> TrainingJob:
         # what a job prints does not belong on the disk that is filled
-        return TrainingJob(self._config(name), logs=self.folder / "logs", program=("-m", "tests.damaged_steps"))
+        program = ("-m", "tests.damaged_steps")
+        return TrainingJob(self._config(name), self.folder / "logs", self.processes, program)
 
     def _undisturbed(self) -> list[dict[str, Any]]:
-        job = self._job("undisturbed")
+        job = self._job(f"undisturbed_{self.processes}")
         if job.last_step() < self.steps:
             code = job.start().end(600)
             assert code == 0, job.printed()
@@ -215,12 +220,13 @@ def main() -> int:
         kinds = [kind for kind in INJECTIONS if not (why_not and kind in NEED_MOUNTS)]
         if why_not:
             print(f"left out: {', '.join(NEED_MOUNTS)}: {why_not}")
-        campaign = Campaign(options.folder, data, options.seed)
+        campaigns = [Campaign(options.folder, data, options.seed, processes=processes) for processes in LAYOUTS]
         while len(outcomes) < options.injections:
             name = f"run_{len(outcomes)}"
             chance = random.Random(f"{options.seed} {len(outcomes)}")
             # a shuffled round of all kinds after the other, so that each comes as often as the others
             planned = [kind for _ in range(3) for kind in chance.sample(kinds, len(kinds))]
+            campaign = campaigns[len(outcomes) % len(campaigns)]
             new = campaign.run(planned[: options.injections - len(outcomes)], name)
             outcomes += new
             with results.open("a") as file:

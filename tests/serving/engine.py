@@ -4,12 +4,18 @@ import dataclasses
 import gc
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
+from checkpoints_tools.export_formats import exported_config
+from checkpoints_tools.hf_architecture import model_section, read_config_json
 from dsmoe_megatron.inference.configuration_dsmoe import DSMoEConfig
 from dsmoe_megatron.inference.modeling_dsmoe import DSMoEForCausalLM
+from dsmoe_megatron.inference.policy import ExpertPolicy
+from dsmoe_megatron.inference.tensor_mapping import TensorMapping
 from tests import reference_model as reference
 
 # vLLM's attention on a CPU has heads of 32 units and more
@@ -29,6 +35,9 @@ ARCHITECTURES = {
     "gelu gqa, mlp router": dataclasses.replace(BASE, **GQA, router_type="mlp"),
     "moa, plain MLP": dataclasses.replace(BASE, num_experts=1),
     "dense baseline": dataclasses.replace(BASE, **GQA, num_experts=1),
+    "of Qwen2-MoE": dataclasses.replace(
+        BASE, **{**GQA, "num_attention_heads": 2}, hidden_act="silu", gated_mlp=True, moe_intermediate_size=32
+    ),
 }
 LAYERS = {
     "topk": [{"mlp": {"k": 1}, "attention": {"k": 3}}, {"mlp": {"k": 5}, "attention": {"k": 1}}],
@@ -78,6 +87,22 @@ def write_export(folder: Path, architecture: reference.ReferenceConfig, policy: 
         "AutoModelForCausalLM": "modeling_dsmoe.DSMoEForCausalLM",
     }
     path.write_text(json.dumps(config))
+    return folder
+
+
+def write_qwen2_moe_export(folder: Path, export: Path, num_experts_per_tok: int) -> Path:
+    """The model of an export in the form that export_hf gives it for engines that know Qwen2-MoE."""
+    content = read_config_json(export)
+    model, _ = model_section(content, str(export))
+    vocab_size = model.vocab_size = content["vocab_size"]
+    megatron = TensorMapping(model, vocab_size, vocab_size).to_megatron(load_file(export / "model.safetensors"))
+    tensors = TensorMapping(model, vocab_size, vocab_size, target="qwen2_moe").to_exported(megatron)
+    policy = ExpertPolicy("topk", num_experts_per_tok=num_experts_per_tok)
+    tokenizer: Any = SimpleNamespace(end_of_document_id=0)
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    config = exported_config(model, policy, tokenizer, torch.float32, "qwen2_moe")
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

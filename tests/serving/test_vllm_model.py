@@ -17,6 +17,7 @@ from tests.serving.engine import (
     transformers_answers,
     vllm_answers,
     write_export,
+    write_qwen2_moe_export,
 )
 
 # every policy on two architectures, every architecture under the two sparse policies that exports have
@@ -68,6 +69,15 @@ def test_compiled_vllm_equals_transformers(export: Callable[[str, str], Path], a
     folder = export(architecture, policy)
 
     assert_equal(vllm_answers(folder, eager=False), transformers_answers(folder))
+
+
+def test_a_qwen2_moe_export_needs_nothing_of_ours(export: Callable[[str, str], Path], tmp_path: Path) -> None:
+    """vLLM's own Qwen2-MoE, on the export made for it, answers as our model does."""
+    ours = export("of Qwen2-MoE", "topk")
+
+    qwen = write_qwen2_moe_export(tmp_path / "qwen", ours, POLICIES["topk"]["num_experts_per_tok"])
+
+    assert_equal(vllm_answers(qwen, eager=True), transformers_answers(ours))
 
 
 @pytest.mark.parametrize(("architecture", "policy"), COMPILED)
