@@ -60,6 +60,16 @@ DSMOE_KEYS = (
     "norm_type",
 )
 
+# what Qwen2-MoE has besides; with these values it adds nothing
+QWEN2_MOE_KEYS: dict[str, Any] = {
+    "norm_topk_prob": False,
+    "shared_expert_intermediate_size": SHARED_EXPERT_UNITS,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "use_sliding_window": False,
+    "qkv_bias": True,  # vLLM always has them
+}
+
 
 def choose_target(wanted: Format, model: ModelConfig, policy: ExpertPolicy) -> Target:
     """The architecture of an export.
@@ -137,16 +147,11 @@ def exported_config(
 
 def _qwen2_moe_values(model: ModelConfig, policy: ExpertPolicy) -> dict[str, Any]:
     return {
+        **QWEN2_MOE_KEYS,
         "num_experts": model.num_experts,
         "num_experts_per_tok": policy.num_experts_per_tok or model.num_experts,
-        "norm_topk_prob": False,
         "moe_intermediate_size": model.moe_intermediate_size,
-        "shared_expert_intermediate_size": SHARED_EXPERT_UNITS,
         "intermediate_size": model.intermediate_size,  # of layers without experts: there are none
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "use_sliding_window": False,
-        "qkv_bias": True,  # vLLM always has them
     }
 
 

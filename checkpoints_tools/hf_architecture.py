@@ -1,7 +1,7 @@
 """config.json of a Hugging Face model -> the recipe's model section, or one line that says why there is none.
 
-Three families are known: our own exports (`dsmoe`), and dense decoders with RMSNorm, rotary embeddings and a gated MLP
-(`llama`, and `mistral` without its sliding window), which are this system's dense baseline.
+Known are our own exports (`dsmoe`, and `qwen2_moe` as export_hf writes it), and dense decoders with RMSNorm, rotary
+embeddings and a gated MLP (`llama`, and `mistral` without its sliding window), which are this system's dense baseline.
 """
 
 import copy
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from checkpoints_tools.export_formats import DSMOE_KEYS, SHARED_KEYS
+from checkpoints_tools.export_formats import DSMOE_KEYS, QWEN2_MOE_KEYS, SHARED_KEYS
 from dsmoe_megatron.config import Config, ModelConfig, RopeParameters, TrainConfig
 from dsmoe_megatron.config_parsing import check_values
 from dsmoe_megatron.config_rules import check_config
@@ -54,8 +54,10 @@ def model_section(content: Mapping[str, Any], where: str) -> tuple[ModelConfig, 
     family = content.get("model_type")
     if family == "dsmoe":
         return _of_export(content, where), "dsmoe"
+    if family == "qwen2_moe":
+        return _of_qwen2_moe(content, where), "qwen2_moe"
     if family not in ("llama", "mistral"):
-        _refuse(where, "model_type", family, "only dsmoe, llama and mistral are known")
+        _refuse(where, "model_type", family, "only dsmoe, qwen2_moe, llama and mistral are known")
     config = _parse(LlamaConfig if family == "llama" else MistralConfig, content, where)
     return dense_model_section(config, where), "llama"
 
@@ -97,6 +99,31 @@ def _of_export(content: Mapping[str, Any], where: str) -> ModelConfig:
     if policy["expert_threshold"] is None:
         policy.pop("expert_threshold")  # the policy does not use it
     return _checked(ModelConfig(**values, **policy, rope_parameters=_rope(config, where)), where)
+
+
+def _of_qwen2_moe(content: Mapping[str, Any], where: str) -> ModelConfig:
+    """An export in that form; models of Qwen's have parts that this system has not."""
+    from transformers import Qwen2MoeConfig
+
+    config = _parse(Qwen2MoeConfig, content, where)
+    for key, ours in {**QWEN2_MOE_KEYS, "hidden_act": "silu"}.items():
+        if getattr(config, key) != ours:
+            _refuse(where, key, getattr(config, key), f"must be {ours!r}, as exports have it: there is nothing like it")
+    values = {key: getattr(config, key) for key in SHARED_KEYS if key != "head_dim"}
+    model = ModelConfig(
+        **values,
+        vocab_size=config.vocab_size,
+        rope_parameters=_rope(config, where),
+        head_dim=config.hidden_size // config.num_attention_heads,
+        attention_type="gqa",
+        num_attention_experts=1,
+        num_experts=config.num_experts,
+        moe_intermediate_size=config.moe_intermediate_size,
+        gated_mlp=True,
+        num_experts_per_tok=config.num_experts_per_tok,
+        expert_policy="topk",
+    )
+    return _checked(model, where)
 
 
 def dense_model_section(config: Any, where: str) -> ModelConfig:

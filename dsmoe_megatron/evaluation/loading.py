@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
+from checkpoints_tools.hf_architecture import model_section
+from checkpoints_tools.safetensors_folder import AsMegatron, SafetensorsFolder
 from dsmoe_megatron.config import ModelConfig
 from dsmoe_megatron.config_parsing import load_config
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError, first_line
@@ -125,7 +127,6 @@ def _load_step(step_folder: Path, dtype: torch.dtype | None) -> LoadedModel:
     if architecture.vocab_size is None:
         raise ConfigurationError("model.vocab_size", None, f"{step_folder / 'config.yaml'} is not a resolved recipe")
     tensors = _read_tensors(step_folder, architecture, architecture.vocab_size)
-    shared = {name: getattr(architecture, name) for name in MODEL_KEYS if hasattr(DSMoEConfig, name)}
     trained_sparse = architecture.has_mlp_router and architecture.expert_training == "sparse"
     has_routers = architecture.has_mlp_router or architecture.has_attention_router
     reference = default = ExpertPolicy()
@@ -134,12 +135,8 @@ def _load_step(step_folder: Path, dtype: torch.dtype | None) -> LoadedModel:
     elif has_routers:
         default = ExpertPolicy.from_config(architecture)
     check_policy(default, architecture)
-    config = DSMoEConfig(**shared, rope_parameters=dataclasses.asdict(architecture.rope_parameters))
-    model = DSMoEForCausalLM.from_pretrained(
-        None, config=config, state_dict=tensors, dtype=dtype or DTYPES[recipe.train.precision]
-    )
     return LoadedModel(
-        model,
+        _model_of(architecture, tensors, dtype or DTYPES[recipe.train.precision]),
         architecture,
         recipe.data.tokenizer,
         fingerprint_counts=True,
@@ -165,19 +162,34 @@ def _read_tensors(step_folder: Path, architecture: ModelConfig, vocab_size: int)
     return tensors
 
 
+def _model_of(
+    architecture: ModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype, eos_token_id: int | None = None
+) -> DSMoEForCausalLM:
+    """A model of ours with these tensors, which have their exported names."""
+    shared = {name: getattr(architecture, name) for name in MODEL_KEYS if hasattr(DSMoEConfig, name)}
+    rope = dataclasses.asdict(architecture.rope_parameters)
+    config = DSMoEConfig(**shared, rope_parameters=rope, eos_token_id=eos_token_id)
+    return DSMoEForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+
+
 def _load_export(folder: Path, dtype: torch.dtype | None) -> LoadedModel:
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model_type = values["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: not the configuration of an export ({error})") from None
-    classes = {"dsmoe": DSMoEForCausalLM, "llama": LlamaForCausalLM}
-    if model_type not in classes:
-        rule = f"model_type {model_type!r} is not one of {', '.join(classes)}, which are read here"
+    default = ExpertPolicy()
+    if model_type == "qwen2_moe":
+        model, architecture = _read_qwen2_moe(folder, values, dtype)
+        default = ExpertPolicy.from_config(architecture)
+    elif model_type in (classes := {"dsmoe": DSMoEForCausalLM, "llama": LlamaForCausalLM}):
+        model = _read_export(folder, classes[model_type], dtype)
+        architecture = _architecture_of(model.config)
+        if model_type == "dsmoe":
+            default = ExpertPolicy.from_config(model.config)
+    else:
+        rule = f"model_type {model_type!r} is not one of dsmoe, llama, qwen2_moe, which are read here"
         raise CheckpointError(f"{folder / 'config.json'}: {rule}")
-    model = _read_export(folder, classes[model_type], dtype)
-    architecture = _architecture_of(model.config)
-    default = ExpertPolicy.from_config(model.config) if model_type == "dsmoe" else ExpertPolicy()
     return LoadedModel(
         model,
         architecture,
@@ -187,6 +199,23 @@ def _load_export(folder: Path, dtype: torch.dtype | None) -> LoadedModel:
         default_policy=default,
         sequence_length=architecture.max_position_embeddings,
     )
+
+
+def _read_qwen2_moe(folder: Path, values: dict[str, Any], dtype: torch.dtype | None) -> tuple[Any, ModelConfig]:
+    """As a model of ours, so that it can be evaluated under every policy."""
+    architecture, target = model_section(values, str(folder / "config.json"))
+    vocab_size = values["vocab_size"]
+    source, mapping, ours = (
+        SafetensorsFolder(folder),
+        TensorMapping(architecture, vocab_size, vocab_size, target=target),
+        TensorMapping(architecture, vocab_size, vocab_size),
+    )
+    megatron = AsMegatron(source, mapping, str(folder))
+    tensors: dict[str, Tensor] = {}
+    for rule, layer in ours:
+        tensors |= rule.to_exported(megatron.read(rule.megatron, layer), layer)
+    dtype = dtype or next(iter(source.tensor_dtypes.values()))
+    return _model_of(architecture, tensors, dtype, values.get("eos_token_id")), architecture
 
 
 def _read_export(folder: Path, model_class: Any, dtype: torch.dtype | None) -> Any:

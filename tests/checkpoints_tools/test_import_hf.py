@@ -142,6 +142,62 @@ def test_export_then_import_gives_a_trained_checkpoint_back(
     assert load_config(tmp_path / "step" / "config.yaml").model == load_config(tmp_path / "run/config.yaml").model
 
 
+QWEN2_MOE: dict[str, Any] = {
+    **{"attention_type": "gqa", "num_attention_heads": 4, "num_attention_experts": 1},
+    **{"hidden_act": "silu", "gated_mlp": True, "expert_policy": "topk", "num_experts_per_tok": 2},
+    **{"router_hidden_size": 512, "expert_threshold": None},  # which the form does not have
+}
+
+
+def save_qwen2_moe(folder: Path, tokenizer: str) -> Path:
+    """A model in the form for engines that know Qwen2-MoE; `ours` beside it is the same in our own."""
+    save_model(folder.with_name("ours"), tokenizer, **QWEN2_MOE)
+    import_model(folder.with_name("ours"), folder.with_name("step_of_ours"))
+    export(folder.with_name("step_of_ours"), folder, wanted_format="qwen2_moe")
+    return folder
+
+
+def test_a_qwen2_moe_export_is_imported_as_our_own_is(small_data: SmallData, tmp_path: Path) -> None:
+    qwen = save_qwen2_moe(tmp_path / "qwen", small_data.tokenizer)
+
+    import_model(qwen, tmp_path / "step")
+
+    found, expected = (DistributedCheckpoint(tmp_path / name) for name in ("step", "step_of_ours"))
+    assert_equal_bits(
+        {name: found.read(name) for name in found.tensor_shapes},
+        {name: expected.read(name) for name in expected.tensor_shapes},
+    )
+    sections = [load_config(tmp_path / name / "config.yaml").model for name in ("step", "step_of_ours")]
+    assert sections[0] == sections[1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda model: change_config(model, norm_topk_prob=True), "norm_topk_prob = True: must be False"),
+        (lambda model: change_config(model, shared_expert_intermediate_size=32), "= 32: must be 64"),
+        (
+            lambda model: change_tensors(model, put("model.layers.1.self_attn.k_proj.bias", 0.5)),
+            "self_attn.k_proj.bias is not zero, and this system has nothing like it",
+        ),
+        (
+            lambda model: change_tensors(model, put("model.layers.0.mlp.shared_expert.up_proj.weight", 0.5)),
+            "mlp.shared_expert.up_proj.weight is not zero",
+        ),
+    ],
+)
+def test_a_qwen2_moe_of_another_kind_is_refused(
+    small_data: SmallData, tmp_path: Path, damage: Callable[[Path], Any], message: str
+) -> None:
+    qwen = save_qwen2_moe(tmp_path / "qwen", small_data.tokenizer)
+    damage(qwen)
+
+    with pytest.raises(CheckpointError, match=message):
+        import_model(qwen, tmp_path / "step")
+
+    assert not (tmp_path / "step").exists()
+
+
 def first_batch(config: Config, steps: int) -> list[dict[str, Tensor]]:
     """The samples of each of the first steps, on one process."""
     from dsmoe_megatron.runtime.distributed import model_parallel_groups

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from checkpoints_tools.export_hf import export as export_run
 from dsmoe_megatron.__main__ import main
 from dsmoe_megatron.config import DatasetSource
 from dsmoe_megatron.evaluation.loading import load_model
@@ -126,32 +127,54 @@ def active_parameters(counts: dict[tuple[int, str], torch.Tensor]) -> float:
     return always + experts
 
 
-def test_a_sparse_trained_baseline_is_evaluated_as_it_was_trained(
+@pytest.fixture(scope="module")
+def sparse_trained_run(
     worker_pool: WorkerPool,
     small_data: SmallData,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
     trained_run: TrainedRun,
-) -> None:
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Of an architecture that Qwen2-MoE has too; its last line of metrics is the validation's."""
     model = {"attention_type": "gqa", "num_experts": 6, "expert_training": "sparse", "num_experts_per_tok": 2}
     config = run_config(
         small_data,
-        tmp_path / "run",
-        model=model,
+        tmp_path_factory.mktemp("sparse") / "run",
+        model={**model, "head_dim": 8, "hidden_act": "silu", "gated_mlp": True},
         data={"validation": [DatasetSource(trained_run.data)]},
         evaluation={"policies": [], "batches": 8},
     )
     worker_pool.run(1, pretrain_job, config)
-    expected = next(line for line in read_lines(tmp_path / "run") if "validation_loss" in line)
+    return Path(config.train.run_dir)
 
-    result = evaluate(capsys, "--checkpoint", tmp_path / "run", "--data", trained_run.data)
+
+def test_a_sparse_trained_baseline_is_evaluated_as_it_was_trained(
+    sparse_trained_run: Path, capsys: pytest.CaptureFixture[str], trained_run: TrainedRun
+) -> None:
+    expected = next(line for line in read_lines(sparse_trained_run) if "validation_loss" in line)
+
+    result = evaluate(capsys, "--checkpoint", sparse_trained_run, "--data", trained_run.data)
 
     assert list(result["policies"]) == ["topk 2"] == list(expected["policies"])
     for name, value in expected["policies"]["topk 2"].items():
         assert result["policies"]["topk 2"][name] == pytest.approx(value, rel=1e-5)
     with pytest.raises(SystemExit):
-        main(["evaluate", "--checkpoint", str(tmp_path / "run"), "--data", trained_run.data, "--top-k", "1"])
+        main(["evaluate", "--checkpoint", str(sparse_trained_run), "--data", trained_run.data, "--top-k", "1"])
     assert "a sparse-trained model knows only what it was trained with, topk 2" in capsys.readouterr().err
+
+
+def test_an_export_as_qwen2_moe_is_evaluated_as_the_run_is(
+    sparse_trained_run: Path, small_data: SmallData, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    policy = {"expert_policy": "topk", "num_experts_per_tok": 2}
+    export_run(sparse_trained_run, tmp_path / "qwen", policy, wanted_format="qwen2_moe")
+    data = ["--data", small_data.validation, "--max-tokens", 2000, "--sequence-length", 32]
+
+    result = evaluate(capsys, "--checkpoint", tmp_path / "qwen", *data, "--top-k", 2, 4)
+
+    expected = evaluate(capsys, "--checkpoint", sparse_trained_run, *data)
+    assert list(result["policies"]) == ["dense", "topk 2", "topk 4"]
+    for name in ("loss", "perplexity", "active_share", "scored_tokens"):
+        assert result["policies"]["topk 2"][name] == pytest.approx(expected["policies"]["topk 2"][name], rel=1e-5)
 
 
 def test_bf16_stays_near_float32(export: Export, capsys: pytest.CaptureFixture[str]) -> None:
