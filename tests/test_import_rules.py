@@ -51,7 +51,8 @@ ALLOWED_OF_OURS = {
         *("dsmoe_megatron.errors", "dsmoe_megatron.config", "dsmoe_megatron.config_parsing"),
         *("dsmoe_megatron.run_folder", "dsmoe_megatron.output_file", "dsmoe_megatron.tokenizers"),
         *("dsmoe_megatron.planning", "dsmoe_megatron.inference", "dsmoe_megatron.evaluation"),
-        *("checkpoints_tools.distributed_checkpoint", "data_tools"),
+        *("checkpoints_tools.distributed_checkpoint", "checkpoints_tools.hf_architecture"),
+        *("checkpoints_tools.safetensors_folder", "data_tools"),
     ],
     "dsmoe_megatron.reporting": [
         *("dsmoe_megatron.errors", "dsmoe_megatron.config", "dsmoe_megatron.config_parsing"),

@@ -15,7 +15,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 
-from dsmoe_megatron.model.router import Router, RouterGroups, RouterOptions, scale_blocks_
+from dsmoe_megatron.model.expert_activation import activate_and_scale
+from dsmoe_megatron.model.router import Router, RouterGroups, RouterOptions
 
 
 class DenseMoEMLP(MLP):
@@ -63,17 +64,15 @@ class DenseMoEMLP(MLP):
     def forward(self, hidden_states: Tensor, *unused: Any, **unused_by_name: Any) -> tuple[Tensor, None]:
         """[S, B, H] -> [S, B, H] and no bias; megatron-core's further arguments have no meaning here."""
         log_scores_SBE = self.router(hidden_states)
-        units_SBU, _ = self.linear_fc1(hidden_states)
-        # in place: the activations' gradients are computed from their inputs
-        units_SBU = scale_blocks_(self._activate(units_SBU), self._block_log_scores(log_scores_SBE))
-        output_SBH, _ = self.linear_fc2(units_SBU)
+        units_SBV, _ = self.linear_fc1(hidden_states)
+        activated_SBU = activate_and_scale(
+            units_SBV,
+            self._block_log_scores(log_scores_SBE),
+            self.config.activation_func,
+            self.config.gated_linear_unit,
+        )
+        output_SBH, _ = self.linear_fc2(activated_SBU)
         return output_SBH, None
-
-    def _activate(self, units_SBU: Tensor) -> Tensor:
-        if not self.config.gated_linear_unit:
-            return self.config.activation_func(units_SBU)
-        gate_SBU, up_SBU = units_SBU.chunk(2, dim=-1)
-        return self.config.activation_func(gate_SBU) * up_SBU
 
     def _block_log_scores(self, log_scores_SBE: Tensor) -> Tensor:
         if self.blocks_per_expert > 1:
