@@ -50,16 +50,23 @@ def choices(environment: Environment, config: Config) -> list[Choice]:
     wants_engine = None if engine_on_cuda or not environment.on_cuda else "Transformer Engine"
     install = TRANSFORMER_ENGINE if wants_engine else None
     layers = "Transformer Engine" if engine_on_cuda else "torch (megatron-core's own layers)"
-    norm = f"torch {'RMSNorm' if config.model.norm_type == 'rmsnorm' else 'LayerNorm'}"
     return [
         Choice("linear", layers, wants_engine, install),
-        Choice("norm", "Transformer Engine" if engine_on_cuda else norm, wants_engine, install),
+        Choice("norm", _norm(environment, config), wants_engine, install),
         Choice("attention", _attention(environment, config)),
         _adam(environment),
         _gradient_norm(environment),
         Choice("gradient accumulation", "torch: products, then a sum (the recipe's engine never fuses them)"),
         Choice("communication", _backend(environment)),
     ]
+
+
+def _norm(environment: Environment, config: Config) -> str:
+    name = "RMSNorm" if config.model.norm_type == "rmsnorm" else "LayerNorm"
+    if environment.on_cuda and environment.has("transformer-engine"):
+        return f"Transformer Engine {name}"
+    fused = environment.on_cuda and "fused_layer_norm_cuda" in environment.apex_extensions
+    return f"apex Fused{name}" if fused else f"torch {name}"
 
 
 def _attention(environment: Environment, config: Config) -> str:

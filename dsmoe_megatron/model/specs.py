@@ -1,8 +1,5 @@
 """Which module each part of a transformer layer is built from, through megatron-core's backend providers."""
 
-from typing import Any
-
-import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
@@ -12,9 +9,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import nn
 
 from dsmoe_megatron.config import ModelConfig
 from dsmoe_megatron.model.core_attention import ScaledDotProductCoreAttention
@@ -23,30 +18,15 @@ from dsmoe_megatron.model.mixture_of_attention_heads import MixtureOfAttentionHe
 from dsmoe_megatron.model.router import RouterKind, RouterOptions
 
 
-class TorchNorm:
-    """torch's RMSNorm or LayerNorm, fit for sequence parallelism, which megatron-core's wrapper of them refuses."""
-
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> nn.Module:  # type: ignore[misc]
-        norm_class = nn.RMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
-        norm = norm_class(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
-        for parameter in norm.parameters():
-            # each rank normalises its own tokens: megatron-core sums the gradient over the tensor-parallel ranks
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        return norm
-
-
 def block_spec(model: ModelConfig, num_layers: int, backend: BackendSpecProvider) -> TransformerBlockSubmodules:
     """Specification of one pipeline stage.
 
     Args:
         model: the recipe's model section.
         num_layers: layers of this stage.
-        backend: megatron-core's provider of linear layers and norms.
+        backend: provider of linear layers and norms (runtime/backends.py).
     """
-    # norms stay separate from the linears: the routers read the normalised input
-    norm = TorchNorm
-    if not isinstance(backend, LocalSpecProvider):
-        norm = backend.layer_norm(rms_norm=model.norm_type == "rmsnorm")
+    norm = backend.layer_norm(rms_norm=model.norm_type == "rmsnorm")
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
