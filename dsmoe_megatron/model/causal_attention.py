@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 
 
 def causal_attention(
@@ -38,6 +37,8 @@ def causal_attention(
         )
     flash_on_cpu = query_BNQD.device.type == "cpu" and dropout == 0.0
     if not flash_on_cpu:
+        from torch.nn.attention.bias import causal_lower_right  # it brings torch's compiler along
+
         bias = causal_lower_right(queries, keys)
         return F.scaled_dot_product_attention(
             query_BNQD, key_BNKD, value_BNKD, attn_mask=bias, dropout_p=dropout, scale=scale, enable_gqa=grouped

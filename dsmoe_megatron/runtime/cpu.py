@@ -47,6 +47,8 @@ def answer_cuda_assumptions() -> None:
     _answer_tensor_methods()
     _answer_streams()
     _answer_random_state()
+    with _nothing_compiled(), _absent("wandb"):
+        import megatron.core  # noqa: F401
     _answer_megatron_random()
     _answer_megatron_moe()
     _answer_uneven_collectives()
@@ -158,6 +160,30 @@ def _answer_random_state() -> None:
         torch.default_generator.manual_seed(seed)
 
     torch.cuda.manual_seed = torch.cuda.random.manual_seed = manual_seed
+
+
+@contextlib.contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """jit.py takes torch.compile for fusions, which are for GPUs; the compiler is a quarter of what a start imports."""
+    compiler = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
+
+
+@contextlib.contextmanager
+def _absent(module: str) -> Iterator[None]:
+    """inference/contexts/dynamic_context.py imports trackers, for a server that is not run here; half a second."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _answer_megatron_random() -> None:

@@ -54,3 +54,17 @@ def test_leaves_device_contexts_alone() -> None:
         assert torch.empty(1).device.type == "meta"
         assert torch.zeros(1).device.type == "meta"
     assert torch.empty(1, device="cuda").device.type == "cpu"
+
+
+def test_megatron_core_comes_without_the_compiler_and_leaves_it_to_others() -> None:
+    program = (
+        "from dsmoe_megatron.runtime.distributed import prepare_device; prepare_device()\n"
+        "import sys, dsmoe_megatron.training.loop, megatron.core.jit\n"
+        "print([name for name in ('torch._inductor.compile_fx', 'wandb') if name in sys.modules])\n"
+        "import torch, wandb\n"
+        "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item(), wandb.__name__)\n"
+    )
+
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert answer.stdout.splitlines() == ["[]", "2.0 wandb"]
