@@ -30,7 +30,7 @@ STEPS, SAVED_EVERY, VALIDATED_EVERY = 60, 4, 10
 DAMAGED_STEPS = {"7": "nan gradient", "8": "nan loss", "23": "infinite gradient", "41": "large gradient"}
 DISK_MEGABYTES = 160
 # the processes of a run and how they share the model; runs take turns
-LAYOUTS: dict[int, dict[str, Any]] = {2: {}, 4: {"tensor_parallel": 2}}
+LAYOUTS: dict[int, dict[str, Any]] = {2: {}, 4: {"tensor": 2}}
 # metrics.jsonl also has lines on what happened to this run alone
 RUN_LINES = ("lm_loss", "validation_loss")
 
