@@ -154,11 +154,11 @@ def _until_a_save_fails(job: TrainingJob) -> None:
 
 
 def read_only_checkpoints(job: TrainingJob, chance: random.Random) -> None:
-    """Until a save fails; then the run is stopped."""
+    """It becomes so under a run that trains, until a save fails; then the run is stopped."""
     folder = job.run_dir / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
+    _some_steps(job, chance)
     with _read_only(folder):
-        _some_steps(job, chance)
         _until_a_save_fails(job)
     job.rank(chance.randrange(job.processes)).send_signal(signal.SIGTERM)
 
