@@ -42,6 +42,10 @@ def damage_steps(engine_class: Any, damages: dict[int, str]) -> None:
 
 def main() -> int:
     from dsmoe_megatron.__main__ import main as dsmoe_megatron
+    from dsmoe_megatron.runtime.processes import end_with_parent
+
+    end_with_parent()  # before libraries are loaded, as the verb does
+
     from dsmoe_megatron.runtime.distributed import prepare_device
 
     prepare_device()

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -50,8 +51,15 @@ def end_with_parent() -> None:
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     started_by = multiprocessing.parent_process()  # None unless Python started this process
-    if os.getppid() != parent or not (started_by is None or started_by.is_alive()):
+    if os.getppid() != parent or not (started_by is None or started_by.is_alive()) or _lost_torchrun():
         os._exit(1)
+
+
+def _lost_torchrun() -> bool:
+    """Whether this is a worker of torchrun's that init has taken in; in a container torchrun may be init itself."""
+    if os.getppid() != 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    return b"torch" not in Path("/proc/1/cmdline").read_bytes()
 
 
 def serve_this_rank(_number: int = 0) -> None:

@@ -28,6 +28,7 @@ from tests.pretrain_job import CLOCK, SmallData, make_small_data, run_config
 
 STEPS, SAVED_EVERY, VALIDATED_EVERY = 60, 4, 10
 DAMAGED_STEPS = {"7": "nan gradient", "8": "nan loss", "23": "infinite gradient", "41": "large gradient"}
+STEPS_TO_STRIKE = 10  # a fault takes effect within them, or the run is done before it does
 DISK_MEGABYTES = 160
 # the processes of a run and how they share the model; runs take turns
 LAYOUTS: dict[int, dict[str, Any]] = {2: {}, 4: {"tensor": 2}}
@@ -92,7 +93,7 @@ class Campaign:
         """Inject until the run is done or the kinds are used up, then let it finish; it must be the undisturbed one."""
         job, outcomes = self._job(name), []
         for number, kind in enumerate(kinds):
-            if job.last_step() >= self.steps:
+            if job.last_step() >= self.steps - STEPS_TO_STRIKE:
                 break
             outcomes.append(self._inject(job, kind, random.Random(f"{self.seed} {name} {number}")))
             print(f"{name}: step {job.last_step()}/{self.steps}: {asdict(outcomes[-1])}", flush=True)

@@ -10,7 +10,7 @@ KINDS = ["SIGKILL during a save", "truncated .bin", "SIGTERM to torchrun, twice"
 
 
 def test_a_run_under_faults_is_the_run_without(tmp_path: Path) -> None:
-    campaign = Campaign(tmp_path, make_small_data(tmp_path / "data"), seed=1, steps=24)
+    campaign = Campaign(tmp_path, make_small_data(tmp_path / "data"), seed=1, steps=30)
 
     outcomes = campaign.run(KINDS, "run")
 
