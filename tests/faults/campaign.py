@@ -41,6 +41,7 @@ class Outcome:
     """What became of one injection."""
 
     kind: str
+    processes: int
     lost_steps: int | None = None
     hung: bool = False
     survivors: int = 0
@@ -109,7 +110,7 @@ class Campaign:
         return outcomes
 
     def _inject(self, job: TrainingJob, kind: str, chance: random.Random) -> Outcome:
-        injection, outcome = INJECTIONS[kind], Outcome(kind)
+        injection, outcome = INJECTIONS[kind], Outcome(kind, self.processes)
         before = job.last_step()
         try:
             injection.strike(job, chance)
@@ -178,8 +179,8 @@ def last_line(job: TrainingJob) -> str:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     rows = [
-        "| Fault | Injected | Survived | Lost steps, mean | max | Silent losses | Hangs |",
-        "|---|---|---|---|---|---|---|",
+        "| Fault | Injected | of 4 ranks | Survived | Lost steps, mean | max | Silent losses | Hangs |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for kind in [*INJECTIONS, None]:
         these = [outcome for outcome in outcomes if kind in (None, outcome.kind)]
@@ -189,8 +190,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
         survived = sum(not (outcome.wrong or outcome.hung or outcome.survivors) for outcome in these)
         silent = sum("silent loss" in outcome.wrong for outcome in these)
         hangs = sum(outcome.hung or bool(outcome.survivors) for outcome in these)
-        mean = sum(lost) / len(lost)
-        rows.append(f"| {kind or 'all'} | {len(these)} | {survived} | {mean:.1f} | {max(lost)} | {silent} | {hangs} |")
+        counts = f"{len(these)} | {sum(outcome.processes == 4 for outcome in these)} | {survived}"
+        rows.append(f"| {kind or 'all'} | {counts} | {sum(lost) / len(lost):.1f} | {max(lost)} | {silent} | {hangs} |")
     return "\n".join(rows)
 
 
@@ -227,7 +228,8 @@ def main() -> int:
             chance = random.Random(f"{options.seed} {len(outcomes)}")
             # a shuffled round of all kinds after the other, so that each comes as often as the others
             planned = [kind for _ in range(3) for kind in chance.sample(kinds, len(kinds))]
-            campaign = campaigns[len(outcomes) % len(campaigns)]
+            # the layout that has had the fewest
+            campaign = min(campaigns, key=lambda each: sum(one.processes == each.processes for one in outcomes))
             new = campaign.run(planned[: options.injections - len(outcomes)], name)
             outcomes += new
             with results.open("a") as file:
