@@ -59,6 +59,8 @@ def sum_over_pairs(experts: Any, hidden_TH: Tensor, token_P: Tensor, expert_P: T
         expert_P: expert of each pair.
         weight_P: weight of each pair.
     """
+    if len(hidden_TH) == 1:
+        return _sum_of_one_token(experts, hidden_TH, expert_P, weight_P)
     up_NFH, down_NHF = experts.up_weight(), experts.down_proj
     # float32 sums: a token may have many experts
     output_TH = torch.zeros_like(hidden_TH, dtype=torch.promote_types(hidden_TH.dtype, torch.float32))
@@ -72,6 +74,20 @@ def sum_over_pairs(experts: Any, hidden_TH: Tensor, token_P: Tensor, expert_P: T
         output_PH = torch.cat([linear(rows, down_NHF[expert]) for expert, rows in zip(chosen, units, strict=True)])
         output_TH.index_add_(0, token_P[pairs], output_PH.to(output_TH.dtype))
     return output_TH.to(hidden_TH.dtype)
+
+
+def _sum_of_one_token(experts: Any, hidden_1H: Tensor, expert_P: Tensor, weight_P: Tensor) -> Tensor:
+    """A decoding step has nothing to sort or to share out, and each call less is felt."""
+    up_NFH, down_NHF, chosen = experts.up_weight(), experts.down_proj, expert_P.tolist()
+    if not chosen:
+        return torch.zeros_like(hidden_1H)
+    projected_PU = torch.cat([F.linear(hidden_1H, up_NFH[expert]) for expert in chosen])
+    units_PF = (experts.activate(projected_PU) * weight_P.unsqueeze(-1)).to(hidden_1H.dtype)
+    output_PH = torch.cat(
+        [F.linear(units_1F, down_NHF[expert]) for expert, units_1F in zip(chosen, units_PF.split(1), strict=True)]
+    )
+    wide = torch.promote_types(hidden_1H.dtype, torch.float32)
+    return output_PH.sum(dim=0, keepdim=True, dtype=wide).to(hidden_1H.dtype)
 
 
 def batches_of_experts(counts_N: Sequence[int]) -> Iterator[tuple[list[int], slice]]:
