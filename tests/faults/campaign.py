@@ -96,6 +96,8 @@ class Campaign:
         for number, kind in enumerate(kinds):
             if job.last_step() >= self.steps - STEPS_TO_STRIKE:
                 break
+            if not INJECTIONS[kind].possible(job):
+                continue
             outcomes.append(self._inject(job, kind, random.Random(f"{self.seed} {name} {number}")))
             print(f"{name}: step {job.last_step()}/{self.steps}: {asdict(outcomes[-1])}", flush=True)
         shown = job.last_step()

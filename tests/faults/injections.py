@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsmoe_megatron.run_folder import step_folders
 from tests.faults.training_job import TrainingJob
 
 Strike = Callable[[TrainingJob, random.Random], None]
@@ -25,12 +26,14 @@ class Injection:
         saves: the run saves before it ends, so that no step is lost.
         refuses: the run says what is wrong in one line and ends, instead of training.
         takes_a_checkpoint: the newest checkpoint is damaged, and steps of it are lost.
+        possible: whether there is anything to damage in the run as it is.
     """
 
     strike: Strike
     saves: bool = False
     refuses: bool = False
     takes_a_checkpoint: bool = False
+    possible: Callable[[TrainingJob], bool] = lambda _: True
 
 
 def _some_steps(job: TrainingJob, chance: random.Random) -> None:
@@ -111,19 +114,27 @@ def _flip_a_byte(path: Path, chance: random.Random) -> None:
 
 
 def corrupt_index_cache(job: TrainingJob, chance: random.Random) -> None:
-    indices = sorted((job.run_dir / "cache").glob("*/*.npy"))
-    if indices:
-        _flip_a_byte(chance.choice(indices), chance)
+    _flip_a_byte(chance.choice(_sample_indices(job)), chance)
     signal_to_rank(job, chance)
+
+
+def _sample_indices(job: TrainingJob) -> list[Path]:
+    return sorted((job.run_dir / "cache").glob("*/*.npy"))
+
+
+def _has_sample_indices(job: TrainingJob) -> bool:
+    return bool(_sample_indices(job))
 
 
 def corrupt_checkpoint(job: TrainingJob, chance: random.Random) -> None:
     """The next start finds it and goes on from the checkpoint before."""
-    latest = job.run_dir / "latest"
-    if latest.is_file():
-        folder = job.run_dir / "checkpoints" / latest.read_text().strip()
-        _flip_a_byte(chance.choice(sorted(folder.glob("*.distcp"))), chance)
+    folder = job.run_dir / "checkpoints" / (job.run_dir / "latest").read_text().strip()
+    _flip_a_byte(chance.choice(sorted(folder.glob("*.distcp"))), chance)
     signal_to_rank(job, chance)
+
+
+def _has_one_before(job: TrainingJob) -> bool:
+    return len(step_folders(job.run_dir)) > 1
 
 
 def truncate_data(job: TrainingJob, chance: random.Random) -> None:
@@ -185,8 +196,10 @@ INJECTIONS = {
     "SIGTERM or SIGUSR1 to a rank": Injection(signal_to_rank, saves=True),
     "SIGTERM to torchrun, twice": Injection(signals_to_torchrun, saves=True),
     "SIGSTOP of a rank": Injection(stop_rank),
-    "corrupted checkpoint": Injection(corrupt_checkpoint, saves=True, takes_a_checkpoint=True),
-    "corrupted index cache": Injection(corrupt_index_cache, saves=True),
+    "corrupted checkpoint": Injection(
+        corrupt_checkpoint, saves=True, takes_a_checkpoint=True, possible=_has_one_before
+    ),
+    "corrupted index cache": Injection(corrupt_index_cache, saves=True, possible=_has_sample_indices),
     "truncated .bin": Injection(truncate_data, refuses=True),
     "read-only checkpoint folder": Injection(read_only_checkpoints, saves=True),
     "full disk": Injection(full_disk, saves=True),
