@@ -39,12 +39,11 @@ def require_deepspeed(config: Config) -> None:
         raise ConfigurationError("engine.name", "deepspeed", f"DeepSpeed is not installed: {INSTALL}")
 
 
-def settings(config: Config, data_parallel: int, on_cuda: bool) -> dict[str, Any]:
+def settings(config: Config, on_cuda: bool) -> dict[str, Any]:
     """DeepSpeed's configuration of a run.
 
     Args:
         config: recipe that `check_deepspeed_config` accepted.
-        data_parallel: number of data-parallel ranks.
         on_cuda: whether tensors lie on GPUs.
     """
     zero: dict[str, Any] = {
@@ -59,7 +58,6 @@ def settings(config: Config, data_parallel: int, on_cuda: bool) -> dict[str, Any
         # batches grow and DeepSpeed counts none of their micro-batches: each step tells it when its gradients are done
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": 1,
-        "train_batch_size": config.train.micro_batch_size * data_parallel,
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.optimizer.clip_grad,
         "bf16": {"enabled": config.train.precision == "bf16"},
@@ -70,7 +68,7 @@ def settings(config: Config, data_parallel: int, on_cuda: bool) -> dict[str, Any
     if config.engine.deepspeed_config is None:
         return ours
     users = _read(config.engine.deepspeed_config)
-    settled = {path[0] for path, *_ in _settled(config, data_parallel)} - {"zero_optimization"}
+    settled = {path[0] for path, *_ in _settled(config, 1)} - {"zero_optimization"}
     return _laid_over(ours, {key: value for key, value in users.items() if key not in settled})
 
 

@@ -1,12 +1,13 @@
 """DeepSpeed's ZeRO as the engine, with tensor parallelism from megatron-core.
 
-DeepSpeed reduces gradients over the data-parallel ranks and keeps optimizer state, gradients and weights in parts there.
-Micro-batches, schedule, guards and checkpoints are ours: DeepSpeed counts no steps and writes no files.
+DeepSpeed reduces gradients over the data-parallel ranks and keeps optimizer state, gradients and weights in parts
+there. Micro-batches, schedule, guards and checkpoints are ours: DeepSpeed counts no steps and writes no files.
 """
 
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -77,14 +78,15 @@ class DeepSpeedEngine:
     def forward_backward(self, micro_batches: Sequence[Batch]) -> float:
         """Accumulate the mean gradient over this rank's micro-batches; returns the mean loss over the global batch."""
         self.zero.train()
-        count = len(micro_batches)
+        # as megatron-core's schedule does: the mutual-information losses are attached to the scores, not added to the
+        # loss, and context-parallel ranks hold shares of one loss where data-parallel ranks are averaged over
+        scale = parallel_state.get_context_parallel_world_size() / len(micro_batches)
         losses = []
         for micro_batch in micro_batches:
             loss = self._loss(micro_batch)
             losses.append(loss.detach())
-            # as megatron-core's schedule does: the mutual-information losses are attached to the scores, not added
-            MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / count, device=self.device))
-            self.zero.backward(loss / count, scale_wrt_gas=False)
+            MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale, device=self.device))
+            self.zero.backward(loss * scale, scale_wrt_gas=False)
         self.gradients_ready()
         return mean_over_ranks(losses, self.device)
 
@@ -133,8 +135,8 @@ class DeepSpeedEngine:
 class _Zero(deepspeed.DeepSpeedEngine):  # type: ignore[misc]
     """DeepSpeed's engine with one optimizer for all stages and precisions.
 
-    DeepSpeed trains bf16 in stage 1 with an optimizer of its own kind, which can leave out no update. Its ZeRO optimizer
-    can do the same, with float32 gradients, and does so under offload.
+    DeepSpeed trains bf16 in stage 1 with an optimizer of another kind, which can leave out no update. Its ZeRO
+    optimizer can do the same, with float32 gradients, and does so under offload.
     """
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> str:
@@ -159,7 +161,7 @@ def _start_zero(module: nn.Module, config: Config, device: torch.device) -> _Zer
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
     groups = _ModelParallelUnit()
-    described = settings(config, parallel_state.get_data_parallel_world_size(), on_cuda=device.type == "cuda")
+    described = settings(config, on_cuda=device.type == "cuda")
     return _Zero(
         args=None,
         model=module,
@@ -227,7 +229,7 @@ class _UpdateGate:
     """
 
     def __init__(self, optimizer: Any) -> None:
-        self.accepts: Callable[[float], bool] = lambda norm: True
+        self.accepts: Callable[[float], bool] = lambda _: True
         self.norm = math.nan
         if hasattr(optimizer, "_get_norm_groups"):  # stage 3
             self._norms = optimizer._get_norm_groups
@@ -236,7 +238,7 @@ class _UpdateGate:
             self._optimizer, self._norm = optimizer, optimizer.scaled_global_norm
             optimizer.scaled_global_norm = self._norm_or_refusal
             # in bf16 it heeds the norm only when told to look for overflows; the norm finds these by itself
-            optimizer.check_grad_overflow, optimizer.check_overflow = True, lambda partition_gradients: None
+            optimizer.check_grad_overflow, optimizer.check_overflow = True, lambda **_: None
 
     def _norms_or_refusal(self) -> list[Tensor]:
         norms: list[Tensor] = self._norms()
@@ -259,17 +261,18 @@ class _UpdateGate:
 
 
 class _ModelParallelUnit:
-    """megatron-core's groups under the names that DeepSpeed asks for; its model parallelism is tensor parallelism."""
+    """megatron-core's groups under the names that DeepSpeed asks for.
 
-    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
-    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
-    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    Its model parallelism is tensor parallelism. Gradients are averaged and states cut over the context-parallel ranks
+    too, which hold the same weights, as under megatron-core's distributed optimizer.
+    """
+
+    get_data_parallel_group = partial(parallel_state.get_data_parallel_group, with_context_parallel=True)
+    get_data_parallel_rank = partial(parallel_state.get_data_parallel_rank, with_context_parallel=True)
+    get_data_parallel_world_size = partial(parallel_state.get_data_parallel_world_size, with_context_parallel=True)
     get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
     get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
     get_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
     get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
     get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
     get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
-    get_pipeline_model_parallel_group = staticmethod(parallel_state.get_pipeline_model_parallel_group)
-    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
-    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)

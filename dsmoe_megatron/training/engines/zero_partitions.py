@@ -1,8 +1,8 @@
 """What a data-parallel rank owns under ZeRO, as parts of the global tensors that every engine saves and loads.
 
-ZeRO lays the parameters of a group end to end and cuts the result (stages 1, 2), or cuts each parameter (stage 3). Either
-way a rank owns ranges of parameters in row-major order, as under megatron-core's distributed optimizer: no layout, size,
-stage or engine needs a conversion of another's checkpoint.
+ZeRO lays the parameters of a group end to end and cuts the result (stages 1, 2), or cuts each parameter (stage 3).
+Either way a rank owns ranges of parameters in row-major order, as under megatron-core's distributed optimizer: no
+layout, size, stage or engine needs a conversion of another's checkpoint.
 """
 
 from collections.abc import Iterator
@@ -70,11 +70,7 @@ class ZeroPartitions:
 
     def sharded_weights(self) -> list[ShardedTensor]:
         """This rank's parts of the weights in stage 3."""
-        return [
-            shard
-            for fragment in self._fragments
-            for shard in self._shards(fragment, {"": _weights(fragment)})
-        ]
+        return [shard for fragment in self._fragments for shard in self._shards(fragment, {"": _weights(fragment)})]
 
     def sharded_optimizer_state(self) -> dict[str, Any]:
         """In the form that megatron-core's optimizer has too: hyperparameters, step count, and parts of the state."""
