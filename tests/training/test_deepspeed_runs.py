@@ -306,7 +306,7 @@ def weights_alone_job(giver: Config, takers: list[Config], run_dir: Path) -> lis
 
 def test_weights_alone_begin_a_run(worker_pool: WorkerPool, pieces: str, tmp_path: Path) -> None:
     """Given by stage 3, taken by megatron-core's engine and by all stages, with other initial weights."""
-    configs = []
+    configs: list[Config] = []
     for engine in (zero(3), MEGATRON, zero(1), zero(3, deepspeed_config=pieces), zero(3)):
         config = tiny_config({"num_hidden_layers": 1}, precision="bf16", seed=len(configs))
         for key, value in engine.items():

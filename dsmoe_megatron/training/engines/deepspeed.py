@@ -132,7 +132,7 @@ class DeepSpeedEngine:
         self.partitions.weights_changed()
 
 
-class _Zero(deepspeed.DeepSpeedEngine):  # type: ignore[misc]
+class _Zero(deepspeed.DeepSpeedEngine):
     """DeepSpeed's engine with one optimizer for all stages and precisions.
 
     DeepSpeed trains bf16 in stage 1 with an optimizer of another kind, which can leave out no update. Its ZeRO
@@ -161,7 +161,8 @@ def _start_zero(module: nn.Module, config: Config, device: torch.device) -> _Zer
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
     groups = _ModelParallelUnit()
-    described = settings(config, on_cuda=device.type == "cuda")
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    described = settings(config, parameters, on_cuda=device.type == "cuda")
     return _Zero(
         args=None,
         model=module,

@@ -91,15 +91,10 @@ class ZeroPartitions:
             state = self._inner.state[flat.master]
             state["step"] = torch.full_like(state["step"], count) if torch.is_tensor(state["step"]) else count
 
-    @torch.no_grad()
     def weights_changed(self) -> None:
-        """Have the ranks see each other's new parts of the weights, where they keep whole ones of them (stage 3)."""
-        if not self.weights_are_apart:
-            return
-        self._zero._partition_all_parameters()
-        whole = self._zero.persistent_parameters
-        if whole:
-            whole[0].all_gather(whole)
+        """Have the next forward pass gather the weights anew, where ranks keep some of them whole (stage 3)."""
+        if self.weights_are_apart:
+            self._zero._partition_all_parameters()
 
     @property
     def _inner(self) -> Any:
