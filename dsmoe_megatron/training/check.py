@@ -169,8 +169,7 @@ def _check_checkpoint(engine: Engine, config: Config, batch: list[Batch], folder
     again = engine.evaluate(batch)
     if again != loss:
         raise TrainingError(f"{checkpoint}: a loss of {loss} is {again} after saving and loading")
-    size = sum(path.stat().st_size for path in checkpoint.iterdir())
-    return f"{size / 1e6:,.1f} MB, saved in {saved - started:.1f} s, loaded in {loaded - saved:.1f} s"
+    return f"{reports[-1].bytes / 1e6:,.1f} MB, saved in {saved - started:.1f} s, loaded in {loaded - saved:.1f} s"
 
 
 def _peak_bytes(device: torch.device) -> int:
