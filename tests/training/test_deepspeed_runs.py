@@ -15,9 +15,9 @@ from torch import Tensor
 
 from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
 from dsmoe_megatron.config import Config, RampUpConfig
+from tests.deepspeed_cases import SMALL_PIECES
 from tests.pretrain_job import SmallData, pretrain_job, read_lines, run_config, training_lines
 from tests.training.test_check import check
-from tests.training.test_deepspeed import SMALL_PIECES
 from tests.training_jobs import micro_batches, tiny_config
 from tests.worker_pool import WorkerPool
 
