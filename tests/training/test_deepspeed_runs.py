@@ -298,8 +298,9 @@ def weights_alone_job(giver: Config, takers: list[Config], run_dir: Path) -> lis
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         for taker in takers:
             engine = build_engine(taker, torch.device("cpu"))
-            load_weights(engine, taker, step_folder(run_dir, 0))
             batch = micro_batches(taker, 0, rank, ranks)
+            engine.evaluate(batch)  # from now on stage 3 keeps small weights whole
+            load_weights(engine, taker, step_folder(run_dir, 0))
             losses.append((engine.train_step(batch).lm_loss, engine.evaluate(batch)))
     return losses
 
