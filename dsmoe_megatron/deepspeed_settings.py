@@ -55,10 +55,10 @@ def settings(config: Config, parameters: int, on_cuda: bool) -> dict[str, Any]:
 
     Args:
         config: recipe that `check_deepspeed_config` accepted.
-        parameters: of this rank's part of the model: a buffer need not be larger.
+        parameters: of this rank's part of the model; a buffer takes an eighth of it, at most LARGEST_BUCKET.
         on_cuda: whether tensors lie on GPUs.
     """
-    bucket = min(parameters + parameters % 2, LARGEST_BUCKET)  # DeepSpeed wants an even number
+    bucket = min(2 * (parameters // 16) or 2, LARGEST_BUCKET)  # DeepSpeed wants an even number
     zero: dict[str, Any] = {
         "stage": config.engine.zero_stage,
         "overlap_comm": False,
