@@ -93,7 +93,7 @@ CASES = [
     Case(1, precision="bf16"),
     Case(1, processes=4, parallel=SEQUENCE, precision="bf16"),
     Case(2, precision="bf16", offload=True),
-    Case(2, processes=4, parallel={"tensor": 2}, precision="bf16"),
+    Case(2, processes=4, parallel=SEQUENCE, precision="bf16"),
     Case(3, precision="bf16", pieces=True),
 ]
 

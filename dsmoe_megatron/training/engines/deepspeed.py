@@ -14,6 +14,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
@@ -32,9 +33,11 @@ from dsmoe_megatron.training.engines.passes import (
     sharded_weights_of,
 )
 from dsmoe_megatron.training.engines.protocol import Batch, StepResult
-from dsmoe_megatron.training.engines.zero_partitions import ZeroPartitions
+from dsmoe_megatron.training.engines.zero_partitions import ZeroPartitions, optimizer_of_stage_3
 from dsmoe_megatron.training.optimizer import build_schedule
 from dsmoe_megatron.training.optimizer_shards import places_of, saved_step_count
+
+WITH_CONTEXT = {"with_context_parallel": True}
 
 
 class DeepSpeedEngine:
@@ -81,11 +84,11 @@ class DeepSpeedEngine:
         # as megatron-core's schedule does: the mutual-information losses are attached to the scores, not added to the
         # loss, and context-parallel ranks hold shares of one loss where data-parallel ranks are averaged over
         scale = parallel_state.get_context_parallel_world_size() / len(micro_batches)
+        MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), scale, device=self.device))
         losses = []
         for micro_batch in micro_batches:
             loss = self._loss(micro_batch)
             losses.append(loss.detach())
-            MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale, device=self.device))
             self.zero.backward(loss * scale, scale_wrt_gas=False)
         self.gradients_ready()
         return mean_over_ranks(losses, self.device)
@@ -217,7 +220,7 @@ def _sum_partial_gradients(module: nn.Module) -> None:
 
 
 class _UpdateGate:
-    """Stands where DeepSpeed computes the gradient norm, and asks whether the update may be made.
+    """Stands where DeepSpeed's optimizer has the gradient norm, and asks whether the update may be made.
 
     DeepSpeed takes a negative norm for an overflow: it drops the gradients and leaves all else as it is.
 
@@ -232,33 +235,26 @@ class _UpdateGate:
     def __init__(self, optimizer: Any) -> None:
         self.accepts: Callable[[float], bool] = lambda _: True
         self.norm = math.nan
-        if hasattr(optimizer, "_get_norm_groups"):  # stage 3
-            self._norms = optimizer._get_norm_groups
-            optimizer._get_norm_groups = self._norms_or_refusal
+        self._optimizer = optimizer
+        if optimizer_of_stage_3(optimizer):
+            norms = optimizer._get_norm_groups
+            optimizer._get_norm_groups = lambda: [self._ask(combine_grad_norm_groups(norms()))]
         else:
-            self._optimizer, self._norm = optimizer, optimizer.scaled_global_norm
-            optimizer.scaled_global_norm = self._norm_or_refusal
+            norm = optimizer.scaled_global_norm
+            optimizer.scaled_global_norm = lambda: self._ask(norm())
             # in bf16 it heeds the norm only when told to look for overflows; the norm finds these by itself
             optimizer.check_grad_overflow, optimizer.check_overflow = True, lambda **_: None
 
-    def _norms_or_refusal(self) -> list[Tensor]:
-        norms: list[Tensor] = self._norms()
-        norm = torch.linalg.vector_norm(torch.stack([each.float() for each in norms]))
-        invalid = any(float(each) < 0 for each in norms)
-        return norms if self._ask(-1.0 if invalid else float(norm)) else [torch.full_like(norm, -1.0)]
-
-    def _norm_or_refusal(self) -> Tensor:
-        norm: Tensor = self._norm()
-        if self._ask(float(norm)):
+    def _ask(self, norm: Tensor) -> Tensor:
+        """The norm, or what stands for an overflow."""
+        self.norm = float(norm)
+        if self.accepts(self.norm) and math.isfinite(self.norm):
             return norm
-        # under offload DeepSpeed forgets to drop what it has accumulated in float32
-        for gradients in (self._optimizer.averaged_gradients, self._optimizer.all_grad_tensors):
-            gradients.update(dict.fromkeys(gradients))
+        if not optimizer_of_stage_3(self._optimizer):
+            # under offload DeepSpeed forgets to drop what it has accumulated in float32
+            for gradients in (self._optimizer.averaged_gradients, self._optimizer.all_grad_tensors):
+                gradients.update(dict.fromkeys(gradients))
         return torch.full_like(norm, -1.0)
-
-    def _ask(self, norm: float) -> bool:
-        self.norm = norm if 0 <= norm < math.inf else math.inf
-        return self.accepts(self.norm) and math.isfinite(self.norm)
 
 
 class _ModelParallelUnit:
@@ -268,9 +264,9 @@ class _ModelParallelUnit:
     too, which hold the same weights, as under megatron-core's distributed optimizer.
     """
 
-    get_data_parallel_group = partial(parallel_state.get_data_parallel_group, with_context_parallel=True)
-    get_data_parallel_rank = partial(parallel_state.get_data_parallel_rank, with_context_parallel=True)
-    get_data_parallel_world_size = partial(parallel_state.get_data_parallel_world_size, with_context_parallel=True)
+    get_data_parallel_group = staticmethod(partial(parallel_state.get_data_parallel_group, **WITH_CONTEXT))
+    get_data_parallel_rank = staticmethod(partial(parallel_state.get_data_parallel_rank, **WITH_CONTEXT))
+    get_data_parallel_world_size = staticmethod(partial(parallel_state.get_data_parallel_world_size, **WITH_CONTEXT))
     get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
     get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
     get_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)

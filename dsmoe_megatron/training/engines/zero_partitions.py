@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
@@ -65,7 +66,7 @@ class ZeroPartitions:
 
     def __init__(self, zero: Any, places: dict[Tensor, list[Place]]) -> None:
         self._zero, self._places = zero, places
-        self.weights_are_apart = hasattr(zero, "fp16_partitioned_groups_flat")
+        self.weights_are_apart = optimizer_of_stage_3(zero)
         self._fragments = list(_of_stage_3(zero) if self.weights_are_apart else _of_stage_1_and_2(zero))
 
     def sharded_weights(self) -> list[ShardedTensor]:
@@ -122,6 +123,11 @@ class ZeroPartitions:
 
     def _shards(self, fragment: _Fragment, states: dict[str, Tensor]) -> Iterator[ShardedTensor]:
         return shards_of_range(self._places[fragment.parameter], fragment.begin, fragment.end, states)
+
+
+def optimizer_of_stage_3(zero: Any) -> bool:
+    """Whether a ZeRO optimizer cuts the weights too."""
+    return isinstance(zero, DeepSpeedZeroOptimizer_Stage3)
 
 
 def _weights(fragment: _Fragment) -> Tensor:
