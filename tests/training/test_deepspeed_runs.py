@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
-from dsmoe_megatron.config import Config, RampUpConfig
+from dsmoe_megatron.config import Config, PolicyConfig, RampUpConfig
 from tests.deepspeed_cases import SMALL_PIECES
 from tests.pretrain_job import SmallData, pretrain_job, read_lines, run_config, training_lines
 from tests.training.test_check import check
@@ -45,9 +45,19 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> str:
 def ramped(small_data: SmallData, run_dir: Path, engine: dict[str, Any], **sections: Any) -> Config:
     """Six steps whose batches grow; a checkpoint after every second one, validation in the end."""
     checkpoint = {"interval": 2, "keep_last": 0, **sections.pop("checkpoint", {})}
-    model = {"num_hidden_layers": 2}
+    model = {"num_hidden_layers": 1}
+    evaluation = {"batches": 1, "policies": [PolicyConfig("topk", num_experts_per_tok=2)]}
     train = {"global_batch_size": 12, "ramp_up": RampUpConfig(4, 4, 15)}
-    return run_config(small_data, run_dir, engine=engine, checkpoint=checkpoint, model=model, train=train, **sections)
+    return run_config(
+        small_data,
+        run_dir,
+        engine=engine,
+        checkpoint=checkpoint,
+        model=model,
+        train=train,
+        evaluation=evaluation,
+        **sections,
+    )
 
 
 def figures(run_dir: Path) -> dict[int, dict[str, Any]]:
