@@ -4,6 +4,7 @@ import importlib.util
 import os
 
 import torch
+import torch._dynamo  # the first optimizer of a process loads it
 
 from dsmoe_megatron.runtime.distributed import prepare_device
 

@@ -24,6 +24,7 @@ from dsmoe_megatron.deepspeed_settings import settings
 from dsmoe_megatron.model.gpt import routers
 from dsmoe_megatron.model.router import Router
 from dsmoe_megatron.model.transformer_config import transformer_config
+from dsmoe_megatron.runtime.compiler import nothing_compiled
 from dsmoe_megatron.training.engines.passes import (
     forward,
     initial_chunks,
@@ -159,9 +160,13 @@ def _start_zero(module: nn.Module, config: Config, device: torch.device) -> _Zer
     for parameter in module.parameters():
         # megatron-core's mark of what expert parallelism splits; DeepSpeed takes it for a parameter of its own experts
         parameter.allreduce = True  # type: ignore[attr-defined]
+    with nothing_compiled():  # DeepSpeed asks whether the optimizer is Muon, whose module would compile its kernels
+        import deepspeed.runtime.zero.muon.muon_optimizer
     if device.type == "cpu":
         # a helper for inference alone, which would be compiled for a minute and a half, and bind all ranks to one host
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # devices of this machine: to count them itself it starts a program, in stage 3 for every reduction
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     deepspeed.comm.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
     groups = _ModelParallelUnit()
     parameters = sum(parameter.numel() for parameter in module.parameters())
