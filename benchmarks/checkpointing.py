@@ -62,11 +62,11 @@ class Bench:
     """
 
     def __init__(self, config: Config, device: torch.device, folder: Path) -> None:
-        from dsmoe_megatron.training.engines.megatron import MegatronEngine
+        from dsmoe_megatron.training.engines.choice import build_engine
         from dsmoe_megatron.training.saving import CheckpointSaver
 
         self.config, self.folder = config, folder
-        self.engine = MegatronEngine(config, device)
+        self.engine = build_engine(config, device)
         self.micro_batches = random_micro_batches(config)
         self.reports: list[Any] = []
         self.saver = CheckpointSaver(self.engine, config, folder, self.reports.append)

@@ -7,13 +7,10 @@ parallelism communicates once a step, the others in every layer: on a machine wh
 this shows the overhead of the code and of gloo, not of a network.
 """
 
-import multiprocessing
 import statistics
 import sys
 import tempfile
 from dataclasses import replace
-from datetime import timedelta
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +26,10 @@ from benchmarks.measuring import (
     surroundings,
     surroundings_line,
     table,
-    training_step,
 )
+from benchmarks.two_processes import PROCESSES, TwoProcesses
 from dsmoe_megatron.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from dsmoe_megatron.config_rules import check_config
-from dsmoe_megatron.runtime.distributed import model_parallel_groups, prepare_device
-from dsmoe_megatron.runtime.processes import end_with_parent
 
 REFERENCE = "DP2"
 LAYOUTS = {
@@ -43,7 +38,6 @@ LAYOUTS = {
     "TP2+SP": ParallelConfig(tensor=2, sequence=True),
     "EP2": ParallelConfig(expert=2),
 }
-PROCESSES = 2
 
 
 def recipe(size: str, parallel: ParallelConfig) -> Config:
@@ -66,59 +60,14 @@ def recipe(size: str, parallel: ParallelConfig) -> Config:
     return config
 
 
-class Layout:
-    """The processes of one layout; `step` runs one training step in all of them."""
-
-    def __init__(self, config: Config, store: Path) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connections, self.processes = [], []
-        for rank in range(PROCESSES):
-            connection, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, config, rank, str(store)), daemon=True)
-            process.start()
-            theirs.close()
-            self.connections.append(connection)
-            self.processes.append(process)
-
-    def step(self) -> None:
-        for connection in self.connections:
-            connection.send(None)
-        for connection in self.connections:
-            connection.recv()
-
-    def stop(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
-
-
-def _serve(connection: Connection, config: Config, rank: int, store: str) -> None:
-    import torch.distributed as dist
-
-    end_with_parent()
-    torch.set_num_threads(1)
-    device = prepare_device()
-
-    timeout = timedelta(minutes=5)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES, timeout=timeout)
-    with model_parallel_groups(config.parallel, config.train.seed):
-        step = training_step(config, device)
-        while True:
-            try:
-                connection.recv()
-            except EOFError:
-                return
-            step()
-            connection.send(None)
-
-
 def measure(size: str, repeats: int) -> dict[str, Any]:
     """The whole report."""
     device = torch.device("cpu")
     report: dict[str, Any] = {"surroundings": surroundings(device), "repeats": repeats}
     with tempfile.TemporaryDirectory() as stores:
         layouts = {
-            name: Layout(recipe(size, replace(parallel)), Path(stores) / name) for name, parallel in LAYOUTS.items()
+            name: TwoProcesses(recipe(size, replace(parallel)), Path(stores) / name)
+            for name, parallel in LAYOUTS.items()
         }
         try:
             print("time: " + ", ".join(layouts), file=sys.stderr)

@@ -61,9 +61,9 @@ def wait_for(device: torch.device) -> None:
 
 def training_step(config: Config, device: torch.device) -> Run:
     """One optimizer step on random tokens, by the engine that trains; model-parallel groups exist."""
-    from dsmoe_megatron.training.engines.megatron import MegatronEngine
+    from dsmoe_megatron.training.engines.choice import build_engine
 
-    engine, micro_batches = MegatronEngine(config, device), random_micro_batches(config)
+    engine, micro_batches = build_engine(config, device), random_micro_batches(config)
     return lambda: engine.train_step(micro_batches)
 
 

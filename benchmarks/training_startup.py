@@ -64,9 +64,7 @@ def main(recipe: str, begun: str) -> None:
         parts.ends("tokenizer, checks of the data")
         with model_parallel_groups(config.parallel, config.train.seed):
             parts.ends("process groups")
-            loop.MegatronEngine = parts.around(  # type: ignore[misc, assignment]
-                loop.MegatronEngine, "the rest", "model"
-            )
+            loop.build_engine = parts.around(loop.build_engine, "the rest", "model")
             beginning.build_datasets = parts.around(beginning.build_datasets, "the rest", "sample indices")
             run = loop.TrainingRun(config, device, tokenizer, run_dir, StopSignals())
             run.engine.train_step = parts.around(  # type: ignore[method-assign]

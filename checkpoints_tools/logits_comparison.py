@@ -133,7 +133,7 @@ def _load_megatron(config: Config, folder: Path, device: torch.device, rounded_t
     from dsmoe_megatron.model.gpt import build_chunks, routers
     from dsmoe_megatron.model.transformer_config import transformer_config
     from dsmoe_megatron.runtime.backends import layer_backend
-    from dsmoe_megatron.training.engines.megatron import EXTRA_STATE
+    from dsmoe_megatron.training.engines.passes import EXTRA_STATE
 
     (model,) = build_chunks(config, transformer_config(config, device), layer_backend(device))
     model = model.to(device).eval()

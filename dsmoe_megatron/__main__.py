@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from dsmoe_megatron.config_parsing import parse_verb
 from dsmoe_megatron.config_rules import check_config
+from dsmoe_megatron.deepspeed_settings import require_deepspeed
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError, PassingError, exit_with
 from dsmoe_megatron.runtime.processes import end_with_parent
 
@@ -67,6 +68,7 @@ def _pretrain(arguments: Sequence[str]) -> None:
         end_with_parent()
     config, options = parse_verb(arguments, f"{PROGRAM} pretrain", PretrainOptions)
     check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+    require_deepspeed(config)
 
     from dsmoe_megatron.runtime.distributed import prepare_device
 

@@ -375,8 +375,14 @@ class EvaluationConfig:
 class EngineConfig:
     """What runs the optimizer step."""
 
-    name: Literal["megatron"] = "megatron"
-    """megatron-core's DDP and distributed optimizer."""
+    name: Literal["megatron", "deepspeed"] = "megatron"
+    """megatron-core's DDP and distributed optimizer, or DeepSpeed's ZeRO (docs/deepspeed.md)."""
+    zero_stage: int = 1
+    """What `deepspeed` shares out over the data-parallel ranks: 1 optimizer state, 2 gradients too, 3 weights too."""
+    offload_optimizer: bool = False
+    """Keep `deepspeed`'s optimizer state in host memory and update there."""
+    deepspeed_config: str | None = None
+    """A DeepSpeed configuration (JSON), laid over the one that the recipe makes; its keys must not say otherwise."""
 
 
 @dataclass

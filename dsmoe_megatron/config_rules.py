@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from dsmoe_megatron.batch_ramp import batch_sizes
 from dsmoe_megatron.config import Config, ModelConfig, OptimizerConfig, PolicyConfig
+from dsmoe_megatron.deepspeed_settings import check_deepspeed_config
 from dsmoe_megatron.errors import ConfigurationError
 
 AT_LEAST_ONE = (
@@ -93,6 +94,7 @@ def check_config(config: Config, world_size: int) -> None:
     _check_batch(config, data_parallel)
     _check_data(config)
     _check_profile(config)
+    _check_engine(config, data_parallel)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
@@ -383,6 +385,31 @@ def _check_profile(config: Config) -> None:
         return
     if profile.first_step is None or profile.last_step < profile.first_step:
         _refuse(config, "logging.profile.last_step", f"must not be below first_step, {profile.first_step}")
+
+
+def _check_engine(config: Config, data_parallel: int) -> None:
+    engine, parallel = config.engine, config.parallel
+    if engine.name == "megatron":
+        for key, is_set, default in (
+            ("zero_stage", engine.zero_stage != 1, "1"),
+            ("offload_optimizer", engine.offload_optimizer, "false"),
+            ("deepspeed_config", engine.deepspeed_config is not None, "null"),
+        ):
+            if is_set:
+                _refuse(config, f"engine.{key}", f"needs engine.name deepspeed; leave it {default} without")
+        return
+    if engine.zero_stage not in (1, 2, 3):
+        _refuse(config, "engine.zero_stage", "must be 1, 2 or 3")
+    for key in ("pipeline", "expert"):
+        if getattr(parallel, key) > 1:
+            instead = "split the model by engine.zero_stage 3 and parallel.tensor, or set engine.name megatron"
+            _refuse(config, f"parallel.{key}", f"must be 1 with engine.name deepspeed: {instead}")
+    if parallel.tensor_of_experts != parallel.tensor:
+        _refuse(config, "parallel.expert_tensor", "must be null with engine.name deepspeed")
+    if parallel.overlap:
+        rule = "must be false with engine.name deepspeed, which has zero_optimization.overlap_comm in stages 2 and 3"
+        _refuse(config, "parallel.overlap", f"{rule} (engine.deepspeed_config)")
+    check_deepspeed_config(config, data_parallel)
 
 
 def _refuse(config: Config, key: str, rule: str) -> NoReturn:

@@ -106,11 +106,11 @@ def checkpoint_job(config: Config, steps: int, load: Path | None = None) -> None
     from dsmoe_megatron.run_folder import Progress
     from dsmoe_megatron.runtime.distributed import model_parallel_groups
     from dsmoe_megatron.training.checkpoint import load_checkpoint
-    from dsmoe_megatron.training.engines.megatron import MegatronEngine
+    from dsmoe_megatron.training.engines.choice import build_engine
     from dsmoe_megatron.training.saving import CheckpointSaver
 
     with model_parallel_groups(config.parallel, config.train.seed):
-        engine = MegatronEngine(config, torch.device("cpu"))
+        engine = build_engine(config, torch.device("cpu"))
         if load is not None:
             load_checkpoint(engine, config, load)
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -150,14 +150,15 @@ def train(config: Config, steps: int) -> tuple[Trace, dict[str, list[Any]]]:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from dsmoe_megatron.runtime.distributed import model_parallel_groups
-    from dsmoe_megatron.training.engines.megatron import MegatronEngine
+    from dsmoe_megatron.training.engines.choice import build_engine
     from dsmoe_megatron.training.expert_use import mutual_information_losses
 
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     with model_parallel_groups(config.parallel, config.train.seed):
-        engine = MegatronEngine(config, torch.device("cpu"))
+        engine = build_engine(config, torch.device("cpu"))
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        trace = Trace(logits=_logits(engine, config) if ranks == config.parallel.tensor == 1 else None)
+        alone = ranks == config.parallel.tensor == 1 and config.engine.name == "megatron"
+        trace = Trace(logits=_logits(engine, config) if alone else None)
         shards = {"initial_weights": _shards(engine.sharded_weights(), "")}
         for step in range(steps):
             for router in engine.routers:

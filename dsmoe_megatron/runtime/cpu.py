@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._device import _device_constructors
 
 from dsmoe_megatron.errors import EnvironmentNotSupportedError
+from dsmoe_megatron.runtime.compiler import nothing_compiled
 
 SUPPORTED_MEGATRON_CORE = "0.16.1"
 CPU = torch.device("cpu")
@@ -47,7 +48,7 @@ def answer_cuda_assumptions() -> None:
     _answer_tensor_methods()
     _answer_streams()
     _answer_random_state()
-    with _nothing_compiled(), _absent("wandb"):
+    with nothing_compiled(), _absent("wandb"):
         import megatron.core  # noqa: F401
     _answer_megatron_random()
     _answer_megatron_moe()
@@ -160,17 +161,6 @@ def _answer_random_state() -> None:
         torch.default_generator.manual_seed(seed)
 
     torch.cuda.manual_seed = torch.cuda.random.manual_seed = manual_seed
-
-
-@contextlib.contextmanager
-def _nothing_compiled() -> Iterator[None]:
-    """jit.py takes torch.compile for fusions, which are for GPUs; the compiler is a quarter of what a start imports."""
-    compiler = torch.compile
-    torch.compile = lambda function: function  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = compiler
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from dsmoe_megatron.tokenizers import Tokenizer
 from dsmoe_megatron.training.blends import cache_dir_of
 from dsmoe_megatron.training.checkpoint import has_optimizer_state, load_checkpoint, load_weights
 from dsmoe_megatron.training.data import build_datasets, data_identity
-from dsmoe_megatron.training.engines.megatron import MegatronEngine
+from dsmoe_megatron.training.engines.protocol import Engine
 from dsmoe_megatron.training.resuming import Choice, choose_checkpoint
 from dsmoe_megatron.training.retention import clean_up
 
@@ -42,7 +42,7 @@ class Beginning:
     faults: list[str]
 
 
-def begin(engine: MegatronEngine, config: Config, tokenizer: Tokenizer, run_dir: Path, say: Say) -> Beginning:
+def begin(engine: Engine, config: Config, tokenizer: Tokenizer, run_dir: Path, say: Say) -> Beginning:
     """Find the checkpoint, open the data where it left them, load the engine.
 
     Args:
@@ -135,7 +135,7 @@ def _open_data(
     return train, validation
 
 
-def _load(engine: MegatronEngine, config: Config, choice: Choice, has_optimizer: bool, say: Say) -> None:
+def _load(engine: Engine, config: Config, choice: Choice, has_optimizer: bool, say: Say) -> None:
     unchecked = "" if choice.is_checked else " (of an earlier version, without a manifest: its values are not checked)"
     with raised_on_every_rank():
         if has_optimizer:

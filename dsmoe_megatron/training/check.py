@@ -28,9 +28,10 @@ from dsmoe_megatron.runtime.distributed import (
     process_group,
     raised_on_every_rank,
 )
-from dsmoe_megatron.training.checkpoint import check_disk_space, load_checkpoint
+from dsmoe_megatron.training.checkpoint import check_disk_space, load_checkpoint, sharded_tensors
 from dsmoe_megatron.training.data import global_batches
-from dsmoe_megatron.training.engines.megatron import Batch, MegatronEngine
+from dsmoe_megatron.training.engines.choice import build_engine
+from dsmoe_megatron.training.engines.protocol import Batch, Engine
 from dsmoe_megatron.training.loop import open_data
 from dsmoe_megatron.training.saving import CheckpointSaver, SaveReport
 
@@ -95,7 +96,7 @@ def _temporary_folder(config: Config) -> Iterator[Path]:
 
 
 def _check_training(config: Config, device: torch.device, folder: Path) -> Rows:
-    engine = MegatronEngine(config, device)
+    engine = build_engine(config, device)
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     batches = list(global_batches(MadeUpSamples(config, batches=2), config, rank, ranks))
     seconds = [_step_seconds(engine, batch) for batch in batches]
@@ -142,7 +143,7 @@ class MadeUpSamples:
         }
 
 
-def _step_seconds(engine: MegatronEngine, batch: list[Batch]) -> float:
+def _step_seconds(engine: Engine, batch: list[Batch]) -> float:
     started = time.perf_counter()
     result = engine.train_step(batch)  # its loss has been read from the device
     if not math.isfinite(result.lm_loss + result.grad_norm):
@@ -150,7 +151,7 @@ def _step_seconds(engine: MegatronEngine, batch: list[Batch]) -> float:
     return time.perf_counter() - started
 
 
-def _check_checkpoint(engine: MegatronEngine, config: Config, batch: list[Batch], folder: Path) -> str:
+def _check_checkpoint(engine: Engine, config: Config, batch: list[Batch], folder: Path) -> str:
     """Save, wipe the weights out, load, and see that the model is the same again."""
     loss = engine.evaluate(batch)
     started = time.perf_counter()
@@ -160,16 +161,15 @@ def _check_checkpoint(engine: MegatronEngine, config: Config, batch: list[Batch]
     saver.finish()
     checkpoint = reports[-1].folder
     saved = time.perf_counter()
-    for chunk in engine.chunks:
-        for weight in chunk.parameters():
-            weight.data.zero_()
+    for weight in sharded_tensors(engine.sharded_weights()):
+        assert weight.data is not None
+        weight.data.detach().zero_()
     load_checkpoint(engine, config, checkpoint)
     loaded = time.perf_counter()
     again = engine.evaluate(batch)
     if again != loss:
         raise TrainingError(f"{checkpoint}: a loss of {loss} is {again} after saving and loading")
-    size = sum(path.stat().st_size for path in checkpoint.iterdir())
-    return f"{size / 1e6:,.1f} MB, saved in {saved - started:.1f} s, loaded in {loaded - saved:.1f} s"
+    return f"{reports[-1].bytes / 1e6:,.1f} MB, saved in {saved - started:.1f} s, loaded in {loaded - saved:.1f} s"
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -20,7 +20,7 @@ from dsmoe_megatron.config import Config, ModelConfig
 from dsmoe_megatron.config_parsing import load_config
 from dsmoe_megatron.errors import CheckpointError, TrainingError, first_line
 from dsmoe_megatron.run_folder import Progress, read_progress
-from dsmoe_megatron.training.engines.megatron import MegatronEngine
+from dsmoe_megatron.training.engines.protocol import Engine
 from dsmoe_megatron.training.shard_writing import COMMON_FILE
 
 READERS = 2  # threads per rank
@@ -72,13 +72,13 @@ def has_optimizer_state(folder: Path) -> bool:
     return any(name.startswith("optimizer.") for name in read_metadata(folder).state_dict_metadata)
 
 
-def load_checkpoint(engine: MegatronEngine, config: Config, folder: Path) -> Progress:
+def load_checkpoint(engine: Engine, config: Config, folder: Path) -> Progress:
     """Load weights, optimizer and schedule of a step folder, saved under any layout. Every rank calls it.
 
     Raises:
         CheckpointError: another architecture, or tensors that are missing, left over or unreadable.
     """
-    shards = _shards(engine.sharded_state(is_loading=True))
+    shards = sharded_tensors(engine.sharded_state(is_loading=True))
     names = _names_on_all_ranks(shards)
     check_same_architecture(folder, config.model)
     progress = read_progress(folder)
@@ -87,20 +87,21 @@ def load_checkpoint(engine: MegatronEngine, config: Config, folder: Path) -> Pro
     return progress
 
 
-def load_weights(engine: MegatronEngine, config: Config, folder: Path) -> None:
+def load_weights(engine: Engine, config: Config, folder: Path) -> None:
     """Load a step folder that holds weights alone, saved under any layout; the optimizer stays as new.
 
     Raises:
         CheckpointError: as load_checkpoint.
     """
-    shards = _shards(engine.sharded_weights())
+    shards = sharded_tensors(engine.sharded_weights())
     names = _names_on_all_ranks(shards)
     check_same_architecture(folder, config.model)
     _fill(shards, names, folder)
     engine.weights_loaded()
 
 
-def _shards(state: dict[str, Any]) -> list[ShardedTensor]:
+def sharded_tensors(state: dict[str, Any]) -> list[ShardedTensor]:
+    """Of an engine's `sharded_state` or `sharded_weights`, which this changes."""
     apply_factories(state)
     return [shard for shard in nested_values(state) if isinstance(shard, ShardedTensor)]
 

@@ -22,7 +22,7 @@ from dsmoe_megatron.runtime.distributed import raised_on_every_rank
 from dsmoe_megatron.runtime.processes import serve_this_rank
 from dsmoe_megatron.tokenizers import Tokenizer
 from dsmoe_megatron.training.blends import blends_of
-from dsmoe_megatron.training.engines.megatron import Batch
+from dsmoe_megatron.training.engines.protocol import Batch
 from dsmoe_megatron.training.index_cache import Say
 
 INDEX_HEADER_BYTES = 34  # magic 9, version 8, dtype 1, sequences 8, documents 8

@@ -31,7 +31,8 @@ from dsmoe_megatron.tokenizers import Tokenizer, load_tokenizer
 from dsmoe_megatron.training.beginning import begin
 from dsmoe_megatron.training.checkpoint import check_disk_space
 from dsmoe_megatron.training.data import check_datasets, global_batches, training_batches
-from dsmoe_megatron.training.engines.megatron import Batch, MegatronEngine, StepResult
+from dsmoe_megatron.training.engines.choice import build_engine
+from dsmoe_megatron.training.engines.protocol import Batch, StepResult
 from dsmoe_megatron.training.expert_use import expert_use, mutual_information_losses
 from dsmoe_megatron.training.guards import Guards, Verdict, finite
 from dsmoe_megatron.training.hang_watch import HangWatch, grace_seconds
@@ -131,7 +132,7 @@ class TrainingRun:
         beat: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.config, self.run_dir, self.stop_signals, self.beat = config, run_dir, stop_signals, beat
-        self.engine = MegatronEngine(config, device)
+        self.engine = build_engine(config, device)
         self.rank = parallel_state.get_data_parallel_rank()
         self.ranks = parallel_state.get_data_parallel_world_size()
         beginning = begin(self.engine, config, tokenizer, run_dir, self._say)

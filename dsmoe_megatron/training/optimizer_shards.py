@@ -8,6 +8,7 @@ these are, gathers the state of all data-parallel ranks on each of them: three c
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -45,16 +46,11 @@ def sharded_optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str,
 def load_step_count(optimizer: MegatronOptimizer, saved: dict[Any, Any]) -> None:
     """Take over what is no tensor of a saved state: how many steps were done. All else is the recipe's.
 
-    The saved chain may have another length: megatron-core's own MoELayer has a second optimizer under expert
-    parallelism only.
-
     Args:
         optimizer: its tensors are loaded.
-        saved: what `sharded_optimizer_state` gave, without tensors.
+        saved: what was saved of an optimizer, without tensors.
     """
-    states = [saved] if "optimizer" in saved else list(saved.values())
-    groups = [group for state in states for group in state["optimizer"]["param_groups"]]
-    step = next((group["step"] for group in groups if group.get("step") is not None), None)
+    step = saved_step_count(saved)
     for distributed in wrapped_optimizers(optimizer):
         state = distributed.state_dict()
         for group in state["optimizer"]["param_groups"]:
@@ -64,41 +60,89 @@ def load_step_count(optimizer: MegatronOptimizer, saved: dict[Any, Any]) -> None
     own_step_counts(optimizer)
 
 
+def saved_step_count(saved: dict[Any, Any]) -> int | None:
+    """How many steps a saved optimizer had done.
+
+    It may be a chain: megatron-core's own MoELayer has a second optimizer under expert parallelism only.
+    """
+    states = [saved] if "optimizer" in saved else list(saved.values())
+    groups = [group for state in states for group in state["optimizer"]["param_groups"]]
+    return next((int(group["step"]) for group in groups if group.get("step") is not None), None)
+
+
 def _param_state(distributed: Any, model_state: dict[str, Any]) -> list[list[ShardedTensor]]:
-    places = _places(model_state)
+    places = places_of(model_state)
     return [
-        list(_shards(distributed, parameter, ranges["param"], places[parameter]))
+        list(
+            shards_of_range(
+                places[parameter], owned["param"].start, owned["param"].end, _states(distributed, parameter)
+            )
+        )
         for by_dtype in distributed.gbuf_ranges
         for buckets in by_dtype.values()
         for bucket in buckets
-        for parameter, ranges in bucket["param_map"].items()
+        for parameter, owned in bucket["param_map"].items()
     ]
 
 
-def _places(model_state: dict[str, Any]) -> dict[Tensor, list[ShardedTensor]]:
-    """Parameter -> the parts of global tensors that it consists of; a gated projection has two."""
-    bases, _ = extract_sharded_tensors_and_factories(model_state)
-    return {
-        base.data: list(nested_values(base.build())) if isinstance(base, ShardedTensorFactory) else [base]
-        for base in nested_values(bases)
-    }
-
-
-def _shards(distributed: Any, parameter: Tensor, owned: Any, parts: list[ShardedTensor]) -> Iterator[ShardedTensor]:
-    """This rank's range of a parameter: a sharded tensor per kind of state and box."""
+def _states(distributed: Any, parameter: Tensor) -> dict[str, Tensor]:
+    """This rank's range of the parameter's master weights and, after the first step, moments."""
     states = distributed._get_main_param_and_optimizer_states(parameter)
-    for part in parts:
-        assert part.data is not None
-        assert part.data.is_contiguous(), f"{part.key}: is cut along an inner axis"
-        first = part.data.storage_offset() - parameter.storage_offset()
-        begin, end = max(owned.start, first), min(owned.end, first + part.data.numel())
-        for offsets, sizes in boxes(part.local_shape, begin - first, max(begin, end) - first):
-            place = begin - owned.start
-            begin += math.prod(sizes)
-            for key in STATE_KEYS:
-                if key in states:  # before the first step there are no moments
-                    values = states[key].detach()[place : place + math.prod(sizes)]
-                    yield _shard(f"{PREFIX}.{key}.{part.key}", values, part, offsets, sizes)
+    return {f"{PREFIX}.{key}.": states[key].detach() for key in STATE_KEYS if key in states}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run of a parameter's values, in row-major order, lies in a global tensor.
+
+    Attributes:
+        template: sharded tensor of the run, without its data.
+        first: place of the run's first value within the parameter.
+    """
+
+    template: ShardedTensor
+    first: int
+
+
+def places_of(model_state: dict[str, Any]) -> dict[Tensor, list[Place]]:
+    """Parameter -> where its values lie: in one global tensor, or, a gated projection, in two.
+
+    Args:
+        model_state: sharded tensors of all parameters.
+    """
+    bases, _ = extract_sharded_tensors_and_factories(model_state)
+    return {base.data: [_place(part, base.data) for part in _parts(base)] for base in nested_values(bases)}
+
+
+def _parts(base: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+    return list(nested_values(base.build())) if isinstance(base, ShardedTensorFactory) else [base]
+
+
+def _place(part: ShardedTensor, parameter: Tensor) -> Place:
+    assert part.data is not None
+    assert part.data.is_contiguous(), f"{part.key}: is cut along an inner axis"
+    return Place(part.without_data(), part.data.storage_offset() - parameter.storage_offset())
+
+
+def shards_of_range(
+    places: Sequence[Place], begin: int, end: int, states: dict[str, Tensor]
+) -> Iterator[ShardedTensor]:
+    """What this data-parallel rank owns of a parameter: a sharded tensor per kind of state and box.
+
+    Args:
+        places: of the parameter.
+        begin, end: the range of the parameter's values that is owned.
+        states: prefix of the global tensor's name -> the state of that range, flat; shards are views of it.
+    """
+    for place in places:
+        template, first = place.template, place.first
+        start, stop = max(begin, first), min(end, first + math.prod(template.local_shape))
+        for offsets, sizes in boxes(template.local_shape, start - first, max(start, stop) - first):
+            count = math.prod(sizes)
+            for prefix, values in states.items():
+                box = values[start - begin : start - begin + count]
+                yield _shard(prefix + template.key, box, template, offsets, sizes)
+            start += count
 
 
 def _shard(

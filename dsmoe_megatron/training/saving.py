@@ -34,7 +34,7 @@ from dsmoe_megatron.durable import sync, write_durably
 from dsmoe_megatron.errors import TrainingError
 from dsmoe_megatron.run_folder import CHECKPOINTS, LATEST, Progress, step_folder_name, step_folders
 from dsmoe_megatron.runtime.distributed import raised_on_every_rank
-from dsmoe_megatron.training.engines.megatron import MegatronEngine
+from dsmoe_megatron.training.engines.protocol import Engine
 from dsmoe_megatron.training.retention import UNFINISHED, forget_old, put_in_place
 from dsmoe_megatron.training.shard_writing import HostCopies, ShardPlanner, ShardWriter, Written
 
@@ -105,9 +105,7 @@ class CheckpointSaver:
         report: told of every save, on every rank, when it is over.
     """
 
-    def __init__(
-        self, engine: MegatronEngine, config: Config, run_dir: Path, report: Callable[[SaveReport], object]
-    ) -> None:
+    def __init__(self, engine: Engine, config: Config, run_dir: Path, report: Callable[[SaveReport], object]) -> None:
         self.engine, self.config, self.run_dir, self.report = engine, config, run_dir, report
         self._planner, self._memory = ShardPlanner(), HostCopies()
         self._thread = ThreadPoolExecutor(1, "checkpoint")

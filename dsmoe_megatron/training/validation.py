@@ -12,11 +12,11 @@ from dsmoe_megatron.config import Config, PolicyConfig
 from dsmoe_megatron.inference.policy import ExpertPolicy, active_experts, policy_name
 from dsmoe_megatron.model.router import RouterKind
 from dsmoe_megatron.planning.parameters import active_share
-from dsmoe_megatron.training.engines.megatron import Batch, MegatronEngine
+from dsmoe_megatron.training.engines.protocol import Batch, Engine
 
 
 def validate(
-    engine: MegatronEngine, batches: Sequence[Sequence[Batch]], config: Config, batch_done: Callable[[], None]
+    engine: Engine, batches: Sequence[Sequence[Batch]], config: Config, batch_done: Callable[[], None]
 ) -> dict[str, Any]:
     """Perplexity and active share per policy.
 
@@ -87,7 +87,7 @@ class _CountingChoice:
 
 
 def _under_policy(
-    engine: MegatronEngine,
+    engine: Engine,
     batches: Sequence[Sequence[Batch]],
     policy: ExpertPolicy,
     config: Config,
@@ -107,7 +107,7 @@ def _under_policy(
     return {"perplexity": math.exp(loss), "active_share": share}
 
 
-def _mean_loss(engine: MegatronEngine, batches: Sequence[Sequence[Batch]], batch_done: Callable[[], None]) -> float:
+def _mean_loss(engine: Engine, batches: Sequence[Sequence[Batch]], batch_done: Callable[[], None]) -> float:
     total = 0.0
     for micro_batches in batches:
         total += engine.evaluate(micro_batches)

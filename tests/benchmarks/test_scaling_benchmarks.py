@@ -1,5 +1,6 @@
-"""The benchmarks of scaling, layouts and attention run, and their reports hold what they promise; not how fast."""
+"""The benchmarks of scaling, layouts, engines and attention run, and report what they promise; not how fast."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -43,6 +44,15 @@ def test_layout_overhead(tmp_path: Path) -> None:
 
     assert report["layouts"]["DP2"]["ratios"] == [1.0]
     assert set(report["layouts"]) == {"DP2", "TP2", "TP2+SP", "EP2"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_engines(tmp_path: Path) -> None:
+    engines = report_of("engines", tmp_path / "engines.json", "--size", "tiny", "--repeats", "1")["engines"]
+
+    assert list(engines) == ["megatron", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-2, offload"]
+    assert engines["megatron"]["ratios"] == [1.0]
+    assert all(0 < row["bytes_between_steps"] < row["peak_bytes"] for row in engines.values())
 
 
 def test_attention_memory(tmp_path: Path) -> None:

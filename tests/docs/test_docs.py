@@ -16,6 +16,7 @@ from dsmoe_megatron.config_parsing import parse_config
 from dsmoe_megatron.errors import ConfigurationError
 from dsmoe_megatron.evaluation.command import build_parser as build_evaluate_parser
 from dsmoe_megatron.reporting.command import build_parser as build_report_parser
+from tests.deepspeed_cases import CASES
 from tests.layout_cases import cases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,3 +137,10 @@ def test_the_table_of_layouts_has_every_case() -> None:
     for case in cases():
         section = "bf16" if case.precision == "bf16" else case.model
         assert f"\n| {case.name} | {case.processes} |" in sections[section], f"{case}: make docs/layouts.md again"
+
+
+def test_the_table_of_deepspeed_has_every_case() -> None:
+    page = (ROOT / "docs" / "deepspeed.md").read_text(encoding="utf-8")
+
+    for case in CASES:
+        assert f"\n| {case} | {case.processes} |" in page, f"{case}: run python -m docs.generate_deepspeed"

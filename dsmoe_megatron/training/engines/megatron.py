@@ -2,80 +2,55 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module, MegatronModule
-from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from dsmoe_megatron.config import Config
-from dsmoe_megatron.model.core_attention import document_starts
-from dsmoe_megatron.model.gpt import build_chunks, routers, unwrap
+from dsmoe_megatron.model.gpt import routers
 from dsmoe_megatron.model.router import Router
 from dsmoe_megatron.model.transformer_config import transformer_config
-from dsmoe_megatron.runtime.backends import layer_backend
+from dsmoe_megatron.training.engines.passes import (
+    forward,
+    initial_chunks,
+    masked_mean,
+    mean_over_ranks,
+    on_device,
+    sharded_weights_of,
+)
+from dsmoe_megatron.training.engines.protocol import Batch, StepResult
 from dsmoe_megatron.training.optimizer import build_optimizer, build_schedule, clip_gradients, wrapped_optimizers
 from dsmoe_megatron.training.optimizer_shards import load_step_count, sharded_optimizer_state
 
-# one micro-batch: tokens, labels, loss_mask, position_ids (in their documents where these are separate), each [B, S]
-Batch = dict[str, Tensor]
-
-EXTRA_STATE = "._extra_state"
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step saw.
-
-    Attributes:
-        lm_loss: mean cross-entropy over the global batch, without the mutual-information loss [nats per token].
-        grad_norm: global gradient norm before clipping.
-        learning_rate: of this step.
-        applied: whether the weights were changed.
-    """
-
-    lm_loss: float
-    grad_norm: float
-    learning_rate: float
-    applied: bool = True
-
 
 class MegatronEngine:
-    """Model, optimizer and schedule of this rank.
+    """Model, optimizer and schedule of this rank; what its methods promise is in protocol.py.
 
     Args:
         config: checked recipe with a known vocabulary size.
         device: of this rank.
-
-    Attributes:
-        gradients_ready: called in every step when the backward passes are done and the gradients are to be reduced.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.gradients_ready: Callable[[], None] = lambda: None
         self.transformer = transformer_config(config, device)
-        chunks = build_chunks(config, self.transformer, layer_backend(device))
-        self.chunks = self._wrap([chunk.to(device) for chunk in chunks])
+        self.chunks = self._wrap(initial_chunks(config, self.transformer, device))
         self.optimizer = build_optimizer(config, self.chunks)
         self.schedule = build_schedule(config.optimizer, config.train.steps, self.optimizer)
         self._connect_schedule()
         self.has_optimizer_state = False
 
     def _wrap(self, chunks: Sequence[MegatronModule]) -> list[MegatronModule]:
-        if self.transformer.bf16:
-            chunks = [Float16Module(self.transformer, chunk) for chunk in chunks]
         overlap = self.config.parallel.overlap
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -116,14 +91,7 @@ class MegatronEngine:
     def train_step(
         self, micro_batches: Sequence[Batch], accepts: Callable[[float, float], bool] | None = None
     ) -> StepResult:
-        """One optimizer step over this rank's micro-batches.
-
-        Args:
-            micro_batches: of this rank.
-            accepts: called when the gradients are there and weights and optimizer state are still as they were; is
-                given the loss and the gradient norm, and answers alike on every rank. False leaves weights and
-                optimizer as they are, while the schedule moves on. None accepts all.
-        """
+        """One optimizer step over this rank's micro-batches."""
         lm_loss = self.forward_backward(micro_batches)
         # before the step, so that the first step already moves and the last one is at the minimum
         self.schedule.step(increment=1)
@@ -164,7 +132,7 @@ class MegatronEngine:
             chunk.enable_forward_pre_hook()
 
     def _run(self, micro_batches: Sequence[Batch], forward_only: bool) -> float:
-        batches = [self._on_device(batch) for batch in micro_batches]
+        batches = [on_device(batch, self.config, self.device) for batch in micro_batches]
         # every virtual stage walks the micro-batches by itself
         iterators = [iter(batches) for _ in self.chunks]
         reports = get_forward_backward_func()(
@@ -176,44 +144,16 @@ class MegatronEngine:
             micro_batch_size=self.config.train.micro_batch_size,
             forward_only=forward_only,
         )
-        return self._mean_over_ranks([report["lm_loss"] for report in reports])
-
-    def _on_device(self, batch: Batch) -> Batch:
-        """This context-parallel rank's part of the batch."""
-        on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        part = get_batch_on_this_cp_rank(on_device)
-        if self.config.data.separate_documents:
-            group = parallel_state.get_context_parallel_group()
-            # stays on the CPU: it decides which kernels are called, layer by layer
-            part["document_starts"] = document_starts(batch["position_ids"], group.rank(), group.size())
-        return part
+        return mean_over_ranks([report["lm_loss"] for report in reports], self.device)
 
     def _forward_step(self, batches: Iterator[Batch], chunk: MegatronModule) -> tuple[Tensor, Any]:
         batch = next(batches)
-        # no attention mask: the core attention is causal by itself. Rotary embeddings know distances only, so that
-        # positions need not begin anew with a document
-        output = chunk(batch["tokens"], batch["position_ids"], batch.get("document_starts"), labels=batch["labels"])
-        return output, partial(_masked_mean, batch["loss_mask"])
-
-    def _mean_over_ranks(self, losses: Sequence[Tensor]) -> float:
-        """Only the last pipeline stage has losses; context-parallel ranks hold shares of one loss."""
-        mean = torch.stack(list(losses)).mean() if losses else torch.zeros((), device=self.device)
-        mean = mean.to(torch.float64 if self.device.type == "cpu" else torch.float32)
-        dist.all_reduce(mean, group=parallel_state.get_pipeline_model_parallel_group())
-        dist.all_reduce(mean, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        return float(mean) / parallel_state.get_data_parallel_world_size()
+        return forward(chunk, batch), partial(_loss_and_report, batch["loss_mask"])
 
     def sharded_weights(self) -> dict[str, Any]:
-        """Weights as megatron-core's sharded tensors, one global tensor per parameter, by chunk.
-
-        The layers' extra states are left out: they are empty without fp8, and torch reads such objects by unpickling.
-        """
+        """Weights as megatron-core's sharded tensors, one global tensor per parameter, by chunk."""
         with self._gathered_parameters():
-            states = {name: unwrap(chunk).sharded_state_dict() for name, chunk in self._named_chunks()}
-        return {
-            name: {key: value for key, value in state.items() if not key.endswith(EXTRA_STATE)}
-            for name, state in states.items()
-        }
+            return {name: sharded_weights_of(chunk) for name, chunk in self._named_chunks()}
 
     def _named_chunks(self) -> Iterator[tuple[str, MegatronModule]]:
         for index, chunk in enumerate(self.chunks):
@@ -234,12 +174,7 @@ class MegatronEngine:
         return {**model, "optimizer": sharded_optimizer_state(self.optimizer, model)}
 
     def load_state(self, common: dict[str, Any], step: int) -> None:
-        """Take over a checkpoint whose tensors have been read into those of `sharded_state`.
-
-        Args:
-            common: what is no tensor in it.
-            step: to set the schedule to.
-        """
+        """Take over a checkpoint whose tensors have been read into those of `sharded_state`."""
         load_step_count(self.optimizer, common["optimizer"])
         self.has_optimizer_state = True
         self.schedule.num_steps = 0
@@ -251,15 +186,11 @@ class MegatronEngine:
         self.optimizer.reload_model_params()
 
 
-def _masked_mean(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """This context-parallel rank's share of the mean loss, for the schedule, and a copy of it to report.
+def _loss_and_report(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The share of the mean loss, for the schedule, and a copy of it to report.
 
     The schedule multiplies by the context-parallel size, divides by the number of micro-batches and, in place, scales
     what it is given: the report must not share its storage.
     """
-    context_group = parallel_state.get_context_parallel_group()
-    count = loss_mask_BS.sum()
-    if context_group.size() > 1:
-        dist.all_reduce(count, group=context_group)
-    share = (losses_BS.float() * loss_mask_BS).sum() / count.clamp(min=1.0)
+    share = masked_mean(loss_mask_BS, losses_BS)
     return share, {"lm_loss": share.detach().clone()}
