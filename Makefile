@@ -7,7 +7,6 @@
 #
 # The first call installs into .venv. Choices, as in `make test PYTHON=python3.12`:
 #   PYTHON        interpreters to try for .venv, 3.10 or later
-#   JOBS          processes of make test (default: 2)
 #   TORCH_INDEX   package index that torch alone comes from: https://download.pytorch.org/whl/cpu, .../cu128; empty: pip's own
 
 PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10
@@ -32,10 +31,8 @@ help:
 quickstart: $(INSTALLED)
 	@$(VENV)/bin/python launchers/quickstart.py
 
-# two at a time: half of the time goes into waiting, for SLURM and for the ends of jobs
-JOBS ?= 2
 test: $(INSTALLED)
-	@$(VENV)/bin/python -m pytest --quiet -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	@$(VENV)/bin/python -m pytest --quiet
 
 # what the environment of serving lacks (megatron-core, the data tools) the other tests' conftest.py imports
 test-vllm: $(VLLM_INSTALLED)
