@@ -8,6 +8,7 @@ from dsmoe_megatron.runtime.distributed import prepare_device
 from tests.pretrain_job import SmallData, make_small_data
 from tests.worker_pool import WorkerPool
 
+
 def pytest_configure() -> None:
     prepare_device()  # before any test module imports megatron.core
 
