@@ -64,7 +64,7 @@ ALLOWED_OF_OURS = {
     ],
     "dsmoe_megatron.doctor": [
         *("dsmoe_megatron.errors", "dsmoe_megatron.config", "dsmoe_megatron.config_parsing"),
-        *("dsmoe_megatron.planning", "dsmoe_megatron.doctor"),
+        *("dsmoe_megatron.deepspeed_settings", "dsmoe_megatron.planning", "dsmoe_megatron.doctor"),
     ],
     "dsmoe_megatron.__main__": ["dsmoe_megatron"],
     "data_tools": ["dsmoe_megatron.errors", "dsmoe_megatron.tokenizers", "data_tools"],

@@ -7,6 +7,7 @@ optimizer/clip_grads.py, tensor_parallel/layers.py) decide at run time; tests ho
 from dataclasses import dataclass, replace
 
 from dsmoe_megatron.config import Config
+from dsmoe_megatron.deepspeed_settings import INSTALL
 from dsmoe_megatron.doctor.environment import Environment
 from dsmoe_megatron.errors import ConfigurationError
 from dsmoe_megatron.planning.estimate import estimate, smallest_world_size
@@ -54,10 +55,27 @@ def choices(environment: Environment, config: Config) -> list[Choice]:
         Choice("linear", layers, wants_engine, install),
         Choice("norm", _norm(environment, config), wants_engine, install),
         Choice("attention", _attention(environment, config)),
+        *(_of_deepspeed(environment, config) if config.engine.name == "deepspeed" else _of_megatron(environment)),
+        Choice("communication", _backend(environment)),
+    ]
+
+
+def _of_deepspeed(environment: Environment, config: Config) -> list[Choice]:
+    """What training/engines/deepspeed.py takes, whatever else is installed."""
+    adam = "DeepSpeedCPUAdam" if config.engine.offload_optimizer else "torch AdamW"
+    fused = ", fused" if environment.on_cuda and not config.engine.offload_optimizer else ""
+    return [
+        Choice("Adam", adam + fused),
+        Choice("gradient norm", f"DeepSpeed ZeRO-{config.engine.zero_stage}, on torch"),
+        Choice("gradient accumulation", f"DeepSpeed ZeRO-{config.engine.zero_stage}, in float32"),
+    ]
+
+
+def _of_megatron(environment: Environment) -> list[Choice]:
+    return [
         _adam(environment),
         _gradient_norm(environment),
         Choice("gradient accumulation", "torch: products, then a sum (the recipe's engine never fuses them)"),
-        Choice("communication", _backend(environment)),
     ]
 
 
@@ -114,6 +132,8 @@ def reasons_against(environment: Environment, config: Config) -> list[str]:
         reasons.append("megatron-core is not installed: pip install '.[train]'")
     elif core != SUPPORTED_CORE:
         reasons.append(f"megatron-core {core} is installed, but this is written on {SUPPORTED_CORE}")
+    if config.engine.name == "deepspeed" and not environment.has("deepspeed"):
+        reasons.append(f"engine.name is deepspeed, which is not installed: {INSTALL}")
     needed_backend = "nccl" if environment.on_cuda else "gloo"
     if environment.torch is not None and needed_backend not in environment.backends:
         reasons.append(f"torch was built without {needed_backend}")

@@ -124,6 +124,19 @@ def test_without_it_the_command_that_brings_it_is_named() -> None:
     assert "github.com/NVIDIA/apex" in str(missing["gradient norm"].install)
 
 
+def test_under_deepspeed_its_engine_decides() -> None:
+    config = Config()
+    config.engine.name, config.engine.zero_stage = "deepspeed", 2
+    uses = {choice.part: choice.implementation for choice in choices(WITH_ENGINE, config)}
+    config.engine.offload_optimizer = True
+    offloaded = {choice.part: choice.implementation for choice in choices(WITH_ENGINE, config)}
+
+    assert (uses["Adam"], offloaded["Adam"]) == ("torch AdamW, fused", "DeepSpeedCPUAdam")
+    assert uses["gradient norm"] == "DeepSpeed ZeRO-2, on torch"
+    assert uses["linear"].startswith("Transformer Engine")
+    assert "which is not installed: pip install" in "; ".join(reasons_against(WITH_ENGINE, config))
+
+
 def reasons(environment: Environment, recipe: str) -> str:
     return "; ".join(reasons_against(environment, load_config(RECIPES / f"{recipe}.yaml")))
 
