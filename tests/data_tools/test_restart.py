@@ -1,6 +1,7 @@
 """A run that is killed goes on where it was, and ends in the files of a run that was not."""
 
 import errno
+import contextlib
 import json
 import os
 import random
@@ -132,11 +133,18 @@ def test_a_killed_worker_ends_the_run_in_one_line(corpus: list[str], tokenizer_s
     prefix = tmp_path / "data"
     arguments = command(corpus, prefix, tokenizer_spec, 2, "--encoder", "reference")
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: any(prefix.parent.glob("*.work/tasks/*/progress")), process)
-    told = json.loads(next(prefix.parent.glob("*.work/tasks/*/progress")).read_text())
-    assert told["pid"] != process.pid
+    told: list[dict[str, Any]] = []
 
-    os.kill(told["pid"], signal.SIGKILL)
+    def tells() -> bool:
+        for path in prefix.parent.glob("*.work/tasks/*/progress"):
+            with contextlib.suppress(ValueError):  # it is being written
+                told.append(json.loads(path.read_text()))
+        return bool(told)
+
+    wait_until(tells, process)
+    assert told[0]["pid"] != process.pid
+
+    os.kill(told[0]["pid"], signal.SIGKILL)
     _, printed = process.communicate(timeout=60)
 
     assert process.returncode == 1
