@@ -1,7 +1,7 @@
 """A run that is killed goes on where it was, and ends in the files of a run that was not."""
 
-import errno
 import contextlib
+import errno
 import json
 import os
 import random
