@@ -6,10 +6,7 @@ Each engine has two processes over gloo, one thread each, that wait while anothe
 tensors in a step, on the rank that has more; under offload both the GPU's and the host's tensors are the CPU's here.
 """
 
-import statistics
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +16,12 @@ from jsonargparse.typing import PositiveInt
 from benchmarks.measuring import (
     add_size_option,
     benchmark_parser,
-    paired_seconds,
     run_benchmark,
     surroundings,
     surroundings_line,
     table,
 )
-from benchmarks.two_processes import PROCESSES, TwoProcesses
+from benchmarks.two_processes import PROCESSES, side_by_side, step_cells, step_header, step_times
 from dsmoe_megatron.config import Config, EngineConfig, ModelConfig, TrainConfig
 from dsmoe_megatron.config_rules import check_config
 from dsmoe_megatron.planning.parameters import count_parameters
@@ -61,33 +57,23 @@ def recipe(size: str, engine: EngineConfig) -> Config:
 
 def measure(size: str, repeats: int) -> dict[str, Any]:
     """The whole report."""
-    device = torch.device("cpu")
     report: dict[str, Any] = {
-        "surroundings": surroundings(device),
+        "surroundings": surroundings(torch.device("cpu")),
         "parameters": count_parameters(recipe(size, EngineConfig()).model).total,
         "repeats": repeats,
     }
-    with tempfile.TemporaryDirectory() as stores:
-        contestants = {
-            name: TwoProcesses(recipe(size, engine), Path(stores) / name) for name, engine in ENGINES.items()
-        }
-        try:
-            print("memory: " + ", ".join(contestants), file=sys.stderr)
-            memory = {name: processes.memory() for name, processes in contestants.items()}
-            print("time", file=sys.stderr)
-            seconds = paired_seconds({name: each.step for name, each in contestants.items()}, repeats, device)
-        finally:
-            for processes in contestants.values():
-                processes.stop()
-    reference = [each.wall for each in seconds[REFERENCE]]
+    with side_by_side({name: recipe(size, engine) for name, engine in ENGINES.items()}) as contestants:
+        print("memory: " + ", ".join(contestants), file=sys.stderr)
+        memory = {name: processes.memory() for name, processes in contestants.items()}
+        print("time", file=sys.stderr)
+        times = step_times(contestants, REFERENCE, repeats)
     report["engines"] = {
         name: {
-            "median_seconds": statistics.median(each.wall for each in own),
-            "ratios": sorted(each.wall / other for each, other in zip(own, reference, strict=True)),
+            **own,
             "bytes_between_steps": max(each["before"] for each in memory[name]),
             "peak_bytes": max(each["peak"] for each in memory[name]),
         }
-        for name, own in seconds.items()
+        for name, own in times.items()
     }
     return report
 
@@ -97,14 +83,13 @@ def as_markdown(report: dict[str, Any]) -> str:
     rows = [
         [
             name,
-            f"{row['median_seconds'] * 1e3:.0f} ms",
-            f"{statistics.median(row['ratios']):.2f} [{row['ratios'][0]:.2f}, {row['ratios'][-1]:.2f}]",
+            *step_cells(row),
             f"{row['bytes_between_steps'] / 1e6:.0f} MB",
             f"{row['peak_bytes'] / 1e6:.0f} MB",
         ]
         for name, row in report["engines"].items()
     ]
-    header = ["engine", "step", f"of {REFERENCE}, median [min, max]", "between steps", "at most in a step"]
+    header = ["engine", *step_header(REFERENCE), "between steps", "at most in a step"]
     return "\n".join(
         [
             surroundings_line(report["surroundings"]),

@@ -7,11 +7,8 @@ parallelism communicates once a step, the others in every layer: on a machine wh
 this shows the overhead of the code and of gloo, not of a network.
 """
 
-import statistics
 import sys
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +18,12 @@ from jsonargparse.typing import PositiveInt
 from benchmarks.measuring import (
     add_size_option,
     benchmark_parser,
-    paired_seconds,
     run_benchmark,
     surroundings,
     surroundings_line,
     table,
 )
-from benchmarks.two_processes import PROCESSES, TwoProcesses
+from benchmarks.two_processes import PROCESSES, side_by_side, step_cells, step_header, step_times
 from dsmoe_megatron.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from dsmoe_megatron.config_rules import check_config
 
@@ -62,47 +58,23 @@ def recipe(size: str, parallel: ParallelConfig) -> Config:
 
 def measure(size: str, repeats: int) -> dict[str, Any]:
     """The whole report."""
-    device = torch.device("cpu")
-    report: dict[str, Any] = {"surroundings": surroundings(device), "repeats": repeats}
-    with tempfile.TemporaryDirectory() as stores:
-        layouts = {
-            name: TwoProcesses(recipe(size, replace(parallel)), Path(stores) / name)
-            for name, parallel in LAYOUTS.items()
-        }
-        try:
-            print("time: " + ", ".join(layouts), file=sys.stderr)
-            seconds = paired_seconds({name: layout.step for name, layout in layouts.items()}, repeats, device)
-        finally:
-            for layout in layouts.values():
-                layout.stop()
-    reference = [each.wall for each in seconds[REFERENCE]]
-    report["layouts"] = {
-        name: {
-            "median_seconds": statistics.median(each.wall for each in own),
-            "ratios": sorted(each.wall / other for each, other in zip(own, reference, strict=True)),
-        }
-        for name, own in seconds.items()
-    }
+    report: dict[str, Any] = {"surroundings": surroundings(torch.device("cpu")), "repeats": repeats}
+    with side_by_side({name: recipe(size, replace(parallel)) for name, parallel in LAYOUTS.items()}) as layouts:
+        print("time: " + ", ".join(layouts), file=sys.stderr)
+        report["layouts"] = step_times(layouts, REFERENCE, repeats)
     return report
 
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as a table."""
-    rows = [
-        [
-            name,
-            f"{row['median_seconds'] * 1e3:.0f} ms",
-            f"{statistics.median(row['ratios']):.2f} [{row['ratios'][0]:.2f}, {row['ratios'][-1]:.2f}]",
-        ]
-        for name, row in report["layouts"].items()
-    ]
+    rows = [[name, *step_cells(row)] for name, row in report["layouts"].items()]
     return "\n".join(
         [
             surroundings_line(report["surroundings"]),
             "",
             f"Two processes of one thread, {report['repeats']} repeats in turns; ratios within a repeat.",
             "",
-            *table(["layout", "step", f"of {REFERENCE}, median [min, max]"], rows),
+            *table(["layout", *step_header(REFERENCE)], rows),
         ]
     )
 

@@ -1,15 +1,19 @@
 """A recipe in two processes over gloo that take a training step when told to, and wait while others take their turn."""
 
+import contextlib
 import multiprocessing
-from collections.abc import Callable
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.measuring import training_step
+from benchmarks.measuring import Run, paired_seconds, training_step
 from dsmoe_megatron.config import Config
 from dsmoe_megatron.runtime.distributed import model_parallel_groups, prepare_device
 from dsmoe_megatron.runtime.live_memory import live_bytes
@@ -54,6 +58,46 @@ class TwoProcesses:
         for connection in self.connections:
             connection.send(what)
         return [connection.recv() for connection in self.connections]
+
+
+@contextlib.contextmanager
+def side_by_side(recipes: Mapping[str, Config]) -> Iterator[dict[str, TwoProcesses]]:
+    """The processes of every recipe, by its name; none is left after the block."""
+    with tempfile.TemporaryDirectory() as stores:
+        contestants = {name: TwoProcesses(config, Path(stores) / name) for name, config in recipes.items()}
+        try:
+            yield contestants
+        finally:
+            for processes in contestants.values():
+                processes.stop()
+
+
+def step_times(contestants: Mapping[str, TwoProcesses], reference: str, repeats: int) -> dict[str, dict[str, Any]]:
+    """Of each: the median of its steps' seconds, and their ratios to the reference's of the same repeat, sorted."""
+    steps: dict[str, Run] = {name: processes.step for name, processes in contestants.items()}
+    seconds = paired_seconds(steps, repeats, torch.device("cpu"))
+    others = [each.wall for each in seconds[reference]]
+    return {
+        name: {
+            "median_seconds": statistics.median(each.wall for each in own),
+            "ratios": sorted(each.wall / other for each, other in zip(own, others, strict=True)),
+        }
+        for name, own in seconds.items()
+    }
+
+
+def step_header(reference: str) -> list[str]:
+    """Columns of `step_cells`."""
+    return ["step", f"of {reference}, median [min, max]"]
+
+
+def step_cells(times: Mapping[str, Any]) -> list[str]:
+    """One entry of `step_times` in a table."""
+    ratios = times["ratios"]
+    return [
+        f"{times['median_seconds'] * 1e3:.0f} ms",
+        f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]",
+    ]
 
 
 def _serve(connection: Connection, config: Config, rank: int, store: str) -> None:

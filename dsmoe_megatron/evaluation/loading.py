@@ -156,6 +156,10 @@ def _read_tensors(step_folder: Path, architecture: ModelConfig, vocab_size: int)
     )
     found = [name for name in source.tensor_shapes if not name.startswith("optimizer.")]
     check_names(dict.fromkeys(found), mapping.megatron_shapes(), str(step_folder))
+    return _as_exported(source, mapping)
+
+
+def _as_exported(source: DistributedCheckpoint | AsMegatron, mapping: TensorMapping) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for rule, layer in mapping:
         tensors |= rule.to_exported(source.read(rule.megatron, layer), layer)
@@ -205,15 +209,9 @@ def _read_qwen2_moe(folder: Path, values: dict[str, Any], dtype: torch.dtype | N
     """As a model of ours, so that it can be evaluated under every policy."""
     architecture, target = model_section(values, str(folder / "config.json"))
     vocab_size = values["vocab_size"]
-    source, mapping, ours = (
-        SafetensorsFolder(folder),
-        TensorMapping(architecture, vocab_size, vocab_size, target=target),
-        TensorMapping(architecture, vocab_size, vocab_size),
-    )
-    megatron = AsMegatron(source, mapping, str(folder))
-    tensors: dict[str, Tensor] = {}
-    for rule, layer in ours:
-        tensors |= rule.to_exported(megatron.read(rule.megatron, layer), layer)
+    source = SafetensorsFolder(folder)
+    megatron = AsMegatron(source, TensorMapping(architecture, vocab_size, vocab_size, target=target), str(folder))
+    tensors = _as_exported(megatron, TensorMapping(architecture, vocab_size, vocab_size))
     dtype = dtype or next(iter(source.tensor_dtypes.values()))
     return _model_of(architecture, tensors, dtype, values.get("eos_token_id")), architecture
 
