@@ -14,6 +14,7 @@ A save goes through three phases, each begun on all ranks together:
 import contextlib
 import dataclasses
 import json
+import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -87,7 +88,9 @@ class _Save:
     still_since: float = 0.0
     writer: ShardWriter | None = None
     copied: "Future[None] | None" = None
-    written: "Future[Written] | None" = None
+    written: "Future[bytes] | None" = (
+        None  # pickled by the thread: thousands of entries, which training need not wait for
+    )
     published: "Future[tuple[float, int]] | None" = None
 
     @property
@@ -174,7 +177,7 @@ class CheckpointSaver:
         else:
             self._end(save, _from_rank_0(lambda: save.published and save.published.result()))
 
-    def _begin_publishing(self, save: _Save, written: "Future[Written]") -> None:
+    def _begin_publishing(self, save: _Save, written: "Future[bytes]") -> None:
         error = written.exception()
         mine = written.result() if error is None else _cause(error)
         gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -183,12 +186,12 @@ class CheckpointSaver:
         if gathered is not None:
             save.published = self._thread.submit(self._publish, save, gathered)
 
-    def _publish(self, save: _Save, gathered: list[Written | str]) -> tuple[float, int]:
+    def _publish(self, save: _Save, gathered: list[bytes | str]) -> tuple[float, int]:
         """On rank 0: complete the folder, sync it, put it in its place, move `latest`; returns seconds and bytes."""
         for rank, part in enumerate(gathered):
             if isinstance(part, str):
                 raise TrainingError(f"{part} (rank {rank})")
-        parts = [part for part in gathered if isinstance(part, Written)]
+        parts: list[Written] = [pickle.loads(part) for part in gathered if isinstance(part, bytes)]  # of our own ranks
         folder, writer = save.unfinished, save.writer
         assert writer is not None
         assert writer.contents is not None
@@ -239,10 +242,11 @@ def newest_name(run_dir: Path) -> str | None:
     return next((folder.name for folder in step_folders(run_dir)), None)
 
 
-def _write(writer: ShardWriter, copied: "Future[None] | None") -> Written:
+def _write(writer: ShardWriter, copied: "Future[None] | None") -> bytes:
+    """What was written, pickled."""
     if copied is not None:
         copied.result()
-    return writer.write()
+    return pickle.dumps(writer.write())
 
 
 def _make_empty(folder: Path) -> None:

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 import xxhash
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.filesystem_async import _split_by_size_and_type
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
@@ -33,6 +35,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
 from dsmoe_megatron.checkpoint_manifest import FileEntry
+from dsmoe_megatron.runtime.distributed import largest_of_ranks
 
 FILES_PER_RANK = 2  # each by a thread of its own: hashing, then, does not hold up writing
 COMMON_FILE = "common.pt"
@@ -153,30 +156,42 @@ class ShardPlanner:
 
     def __init__(self) -> None:
         self._sharing: FullyParallelSaveStrategyWrapper | None = None
-        self._kinds: set[str] = set()
+        self._parts: set[Any] = set()
+        self._plans: tuple[SavePlan, SavePlan] | None = None
+        self._contents: Metadata | None = None
 
     def plan(self, state: dict[str, Any], folder: Path) -> ShardWriter:
         """Agree with the other ranks on who writes what; replicas are shared out evenly.
 
         Args:
-            state: by kind (model chunks, optimizer), sharded tensors and what is no shard. Kinds come on all ranks
-                together, after which nothing changes.
+            state: by kind (model chunks, optimizer), sharded tensors and what is no shard.
             folder: exists, empty.
         """
-        is_new = set(state) != self._kinds
-        if is_new:  # the first save, or the first one after the first update
-            self._kinds, self._sharing = set(state), _sharing_of_replicas()
-        shards, common = save_preprocess(state, validate_access_integrity=is_new)
+        apply_factories(state)
+        parts = {_place_of(shard) for shard in nested_values(state) if isinstance(shard, ShardedTensor)}
+        (is_new,) = largest_of_ranks(int(parts != self._parts))  # the first save, and the first after an update
+        if is_new:
+            self._parts, self._sharing, self._plans = parts, _sharing_of_replicas(), None
+        shards, common = save_preprocess(state, validate_access_integrity=bool(is_new))
         if self._sharing is not None:
             self._sharing.apply_saving_parallelization(shards)
         by_name, _, _ = _replace_state_dict_keys_with_sharded_keys(shards, keep_only_main_replica=True)
         writer = ShardWriter(folder, common if dist.get_rank() == 0 else None)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        (_, contents, _), *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_name), writer, planner=planner)
-        if contents is not None:
-            contents.all_local_plans = None  # megatron-core keeps them for a cache that is not used here
-        writer.contents = contents
+        known = (*self._plans, True) if self._plans else None
+        (_, contents, _), *plans, _, _ = save_state_dict_async_plan(
+            mcore_to_pyt_state_dict(by_name), writer, planner=planner, cached_ckpt_structure=known
+        )
+        if not known:
+            self._plans, self._contents = (plans[0], plans[1]), contents
+        if self._contents is not None:
+            writer.contents = dataclasses.replace(self._contents)  # without the plans of all ranks, not needed here
         return writer
+
+
+def _place_of(shard: ShardedTensor) -> tuple[Any, ...]:
+    """What its part in the plan depends on."""
+    return shard.key, shard.global_offset, shard.local_shape, shard.global_shape, shard.dtype, shard.replica_id
 
 
 def _sharing_of_replicas() -> FullyParallelSaveStrategyWrapper | None:
