@@ -6,6 +6,7 @@ unnoticed. Whether the values make sense together is for config_rules.py. Nothin
 """
 
 import difflib
+import functools
 import os
 import re
 import types
@@ -102,7 +103,7 @@ def _parse(argv: Sequence[str], program: str, options: type[Any] | None = None) 
     # joined with "=", so that a value may begin with "-"
     files_first = sorted(pairs, key=lambda pair: pair[0] != "config")
     arguments = [f"--{key}={text}" for key, text in files_first] + flags
-    parser = _parser(program, options)
+    parser = _parser(program, options, explained=bool(flags))  # type: ignore[arg-type]  # a class is hashable
     try:
         namespace = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:  # what the checks above cannot see; said by the library
@@ -111,8 +112,10 @@ def _parse(argv: Sequence[str], program: str, options: type[Any] | None = None) 
     return namespace
 
 
-def _parser(program: str, options: type[Any] | None) -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the text under each field is its help
+@functools.cache
+def _parser(program: str, options: type[Any] | None, explained: bool) -> ArgumentParser:
+    """Made once; with the text under each field as its help only where that is asked for, which takes as long again."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=explained)
     parser = ArgumentParser(
         prog=program,
         usage="%(prog)s --config RECIPE [--section.key VALUE ...]",
