@@ -1,6 +1,6 @@
 """What a checkpoint costs: how long training stands still for it, and its speed beside plain files of the same bytes.
 
-    python -m benchmarks.checkpointing [--megabytes 1000] [--repeats 5] [--folder DIR] [--json FILE]
+    python -m benchmarks.checkpointing [--megabytes 1000] [--width 1024] [--repeats 5] [--folder DIR] [--json FILE]
 
 A model of so much state (weights, master copies, two moments) is trained on this process. In every repeat, in changing
 order: a save that training waits for, a save beside the training, a check, a load, the same bytes written as plain
@@ -43,9 +43,18 @@ STATE_BYTES = 16  # per parameter in float32: weight, master copy, two moments
 WAITING, BESIDE, LOAD, CHECK, WRITE, READ = "waiting", "beside", "load", "check", "plain write", "plain read"
 
 
-def model_of(megabytes: int) -> ModelConfig:
-    """As many layers of a middling width as the state asks for."""
-    model = ModelConfig(hidden_size=512, num_hidden_layers=1, head_dim=64, num_experts=16, vocab_size=1024)
+def model_of(megabytes: int, width: int) -> ModelConfig:
+    """As many layers of a width as the state asks for."""
+    model = ModelConfig(
+        hidden_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=width // 64,
+        num_attention_experts=width // 128,
+        head_dim=64,
+        num_experts=32,
+        moe_intermediate_size=width // 8,
+        vocab_size=1024,
+    )
     count = count_parameters(model)
     wanted = megabytes * 1e6 / STATE_BYTES - (count.embeddings or 0)
     model.num_hidden_layers = max(1, round(wanted / count.total_without_embeddings))
@@ -204,7 +213,7 @@ def turns(bench: Bench, scratch: Path, repeats: int) -> Iterator[dict[str, dict[
 def measure(arguments: Namespace) -> dict[str, Any]:
     device = prepare_device()
     around = surroundings(device)
-    config = single_batch(model_of(arguments.megabytes), 2, 128)
+    config = single_batch(model_of(arguments.megabytes, arguments.width), 2, 128)
     config.checkpoint.keep_last = 1
     with (
         tempfile.TemporaryDirectory(dir=arguments.folder) as scratch,
@@ -258,6 +267,7 @@ def build_parser() -> ArgumentParser:
     """The command line."""
     parser = benchmark_parser("checkpointing", "How long training stands still for a checkpoint, and its speed.")
     parser.add_argument("--megabytes", type=PositiveInt, default=1000, help="of state, nearly the checkpoint's size")
+    parser.add_argument("--width", type=PositiveInt, default=1024, help="of the model, half of DS-MoE-1B's")
     parser.add_argument("--repeats", type=PositiveInt, default=5, help="turns of each")
     parser.add_argument("--folder", type=Path_drw, default=None, help="scratch space of four times the size")
     return parser

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_every_figure_is_reported_and_nothing_left(tmp_path: Path) -> None:
     path, scratch = tmp_path / "report.json", tmp_path / "scratch"
     scratch.mkdir()
-    sizes = ("--megabytes", "1", "--repeats", "1", "--folder", str(scratch))
+    sizes = ("--megabytes", "1", "--width", "512", "--repeats", "1", "--folder", str(scratch))
     command = [sys.executable, "-m", "benchmarks.checkpointing", "--json", str(path), *sizes]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
