@@ -54,8 +54,8 @@ def sweep_policies(
     policies = {policy_name(reference): reference} | asked_for
     for name, policy in policies.items():
         check_policy(policy, model)
-        if reference.expert_policy == "topk" and policy != reference:
-            rule = f"a sparse-trained model knows only what it was trained with, {policy_name(reference)}"
+        if reference.expert_policy == "topk" and policy.expert_policy != "topk":
+            rule = f"a sparse-trained model chooses experts as it was trained, by topk: give --top-k instead of {name}"
             raise ConfigurationError("policy", name, rule)
     return policies
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from checkpoints_tools.export_hf import export as export_run
 from dsmoe_megatron.__main__ import main
 from dsmoe_megatron.config import DatasetSource
+from dsmoe_megatron.config_parsing import load_config
 from dsmoe_megatron.evaluation.loading import load_model
 from dsmoe_megatron.evaluation.windows import windows_of
 from dsmoe_megatron.inference.policy import ExpertPolicy
@@ -158,8 +159,32 @@ def test_a_sparse_trained_baseline_is_evaluated_as_it_was_trained(
     for name, value in expected["policies"]["topk 2"].items():
         assert result["policies"]["topk 2"][name] == pytest.approx(value, rel=1e-5)
     with pytest.raises(SystemExit):
-        main(["evaluate", "--checkpoint", str(sparse_trained_run), "--data", trained_run.data, "--top-k", "1"])
-    assert "a sparse-trained model knows only what it was trained with, topk 2" in capsys.readouterr().err
+        main(["evaluate", "--checkpoint", str(sparse_trained_run), "--data", trained_run.data, "--thresholds", "1"])
+    assert "a sparse-trained model chooses experts as it was trained, by topk" in capsys.readouterr().err
+
+
+def test_a_sparse_trained_baseline_takes_other_numbers_of_experts(
+    worker_pool: WorkerPool,
+    sparse_trained_run: Path,
+    trained_run: TrainedRun,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """As megatron-core's own layer does: validation in the loop, after one more step that moves nothing."""
+    config = load_config(sparse_trained_run / "config.yaml")
+    config.train.run_dir, config.checkpoint.load = str(tmp_path / "run"), str(sparse_trained_run)
+    config.train.steps += 1
+    config.optimizer.lr = config.optimizer.min_lr = 1e-30
+    config.model.num_experts_per_tok = 4
+    worker_pool.run(1, pretrain_job, config)
+    expected = next(line for line in read_lines(tmp_path / "run") if "validation_loss" in line)["policies"]["topk 4"]
+
+    result = evaluate(capsys, "--checkpoint", sparse_trained_run, "--data", trained_run.data, "--top-k", 1, 4)
+
+    assert list(result["policies"]) == ["topk 2", "topk 1", "topk 4"]
+    for name, value in expected.items():
+        assert result["policies"]["topk 4"][name] == pytest.approx(value, rel=1e-5)
+    assert result["policies"]["topk 1"]["loss"] != pytest.approx(result["policies"]["topk 2"]["loss"], rel=1e-4)
 
 
 def test_an_export_as_qwen2_moe_is_evaluated_as_the_run_is(
