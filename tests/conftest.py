@@ -1,5 +1,9 @@
 """Fixtures that tests of several folders share."""
 
+import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +15,16 @@ from tests.worker_pool import WorkerPool
 
 def pytest_configure() -> None:
     prepare_device()  # before any test module imports megatron.core
+
+
+@pytest.fixture(scope="session")
+def with_deepspeed() -> None:
+    """DeepSpeed is there and its Adam compiled: in a job, ranks that wait for the compiler lose patience."""
+    if importlib.util.find_spec("deepspeed") is None:
+        say = pytest.fail if "CI" in os.environ else pytest.skip
+        say("DeepSpeed is not installed: pip install deepspeed")
+    build = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load(verbose=False)"
+    subprocess.run([sys.executable, "-c", build], check=True, capture_output=True, timeout=900)
 
 
 @pytest.fixture(scope="session")

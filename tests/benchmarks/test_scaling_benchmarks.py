@@ -1,6 +1,5 @@
 """The benchmarks of scaling, layouts, engines and attention run, and report what they promise; not how fast."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -46,7 +45,7 @@ def test_layout_overhead(tmp_path: Path) -> None:
     assert set(report["layouts"]) == {"DP2", "TP2", "TP2+SP", "EP2"}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.usefixtures("with_deepspeed")
 def test_engines(tmp_path: Path) -> None:
     engines = report_of("engines", tmp_path / "engines.json", "--size", "tiny", "--repeats", "1")["engines"]
 

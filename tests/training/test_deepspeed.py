@@ -1,16 +1,12 @@
 """DeepSpeed's ZeRO trains to the numbers of megatron-core's engine: losses, gradient norms, gradients."""
 
-import importlib.util
-
 import pytest
 
 from tests.deepspeed_cases import CASES, BothEngines, Case
 from tests.layout_cases import differences
 from tests.worker_pool import WorkerPool
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install deepspeed"
-)
+pytestmark = pytest.mark.usefixtures("with_deepspeed")
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
 """Whole runs under DeepSpeed: growing batches, resuming, switching engine and layout, updates left out, a kill."""
 
-import importlib.util
 import json
 import math
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,7 @@ from tests.training.test_check import check
 from tests.training_jobs import micro_batches, tiny_config
 from tests.worker_pool import WorkerPool
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install deepspeed"
-)
+pytestmark = pytest.mark.usefixtures("with_deepspeed")
 
 MEGATRON: dict[str, Any] = {}
 SIZES = [4, 4, 8, 12, 12, 12]
@@ -338,3 +336,19 @@ def test_the_check_says_what_a_run_would_meet_and_nothing_else(small_data: Small
     assert "second step" in done.stdout
     assert "saved in" in done.stdout
     assert "DeepSpeed" not in done.stdout + done.stderr
+
+
+def test_a_build_that_was_killed_is_named(
+    small_data: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "extensions" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (time.time() - 1200, time.time() - 1200))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+
+    done = check(run_config(small_data, tmp_path / "run", engine=zero(2, offload_optimizer=True)), 1)
+
+    assert done.returncode == 1
+    assert f"{lock} is 20 minutes old" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -6,8 +6,10 @@ there. Micro-batches, schedule, guards and checkpoints are ours: DeepSpeed count
 
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -18,9 +20,11 @@ from deepspeed.runtime.utils import combine_grad_norm_groups
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
+from torch.utils.cpp_extension import _get_build_directory
 
 from dsmoe_megatron.config import Config, OptimizerConfig
 from dsmoe_megatron.deepspeed_settings import settings
+from dsmoe_megatron.errors import EnvironmentNotSupportedError
 from dsmoe_megatron.model.gpt import routers
 from dsmoe_megatron.model.router import Router
 from dsmoe_megatron.model.transformer_config import transformer_config
@@ -38,6 +42,7 @@ from dsmoe_megatron.training.engines.zero_partitions import ZeroPartitions, opti
 from dsmoe_megatron.training.optimizer import build_schedule
 from dsmoe_megatron.training.optimizer_shards import places_of, saved_step_count
 
+LONGEST_BUILD_MINUTES = 10  # of DeepSpeed's Adam; one or two are usual
 WITH_CONTEXT = {"with_context_parallel": True}
 
 
@@ -201,9 +206,28 @@ def _adam(config: Config, module: nn.Module) -> torch.optim.Optimizer:
         "weight_decay": section.weight_decay,
     }
     if config.engine.offload_optimizer:
+        _refuse_abandoned_build()
         optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
         return optimizer
     return torch.optim.AdamW(groups, fused=parameters[0].is_cuda or None, **options)
+
+
+def _refuse_abandoned_build() -> None:
+    """DeepSpeed compiles its Adam at its first use. torch waits without a word for another process that does so.
+
+    Raises:
+        EnvironmentNotSupportedError: the file that says so is of a build that was killed.
+    """
+    lock = Path(_get_build_directory("cpu_adam", verbose=False)) / "lock"
+    try:
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+    except FileNotFoundError:
+        return
+    if minutes > LONGEST_BUILD_MINUTES:
+        raise EnvironmentNotSupportedError(
+            f"{lock} is {minutes:.0f} minutes old: a build of DeepSpeed's Adam was killed, and every later one would "
+            "wait for it; remove that file"
+        )
 
 
 def _sum_partial_gradients(module: nn.Module) -> None:
