@@ -2,6 +2,7 @@
 # make test         every test
 # make test-vllm    the tests of serving, on vLLM for the CPU, in an environment of its own (.venv-vllm, 3.5 GB)
 # make faults       a hundred faults, one after the other, in training runs that must come out as if nothing had been
+# make paper-small  dense, DS-MoE and sparse-trained models of a size that a CPU trains, compared; hours, or SMOKE=1: minutes
 # make check        lint, format, types, import rules
 # make clean        remove what these made; runs/ stays
 #
@@ -23,7 +24,7 @@ VLLM_VERSION := 0.32.0
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-vllm faults check clean
+.PHONY: help quickstart test test-vllm faults paper-small check clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -44,6 +45,18 @@ FAULTS ?= 100
 SEED ?= 1
 faults: $(INSTALLED)
 	@$(VENV)/bin/python -m tests.faults.campaign --folder fault_runs --injections $(FAULTS) --seed $(SEED)
+
+# goes on where it was stopped; the first run takes the corpus out of Debian's packages
+SMOKE ?=
+STUDY := $(if $(SMOKE),paper_in_small_run/smoke,paper_in_small_run)
+STUDY_FILE := benchmarks/paper_in_small/$(if $(SMOKE),smoke,study).yaml
+STUDY_RESULTS := $(if $(SMOKE),$(STUDY)/results,benchmarks/paper_in_small/results)
+STUDY_PAGE := $(if $(SMOKE),$(STUDY),docs)/paper_in_small.md
+paper-small: $(INSTALLED)
+	@$(VENV)/bin/python -m benchmarks.paper_in_small --study $(STUDY_FILE) --folder $(STUDY) --results $(STUDY_RESULTS)
+	@$(VENV)/bin/python -m benchmarks.paper_in_small.document \
+	  --study $(STUDY_FILE) --results $(STUDY_RESULTS) --output $(STUDY_PAGE)
+	@$(VENV)/bin/python -m dsmoe_megatron report $(STUDY_RESULTS) --output $(STUDY)/report.html
 
 check: $(INSTALLED)
 	@$(VENV)/bin/ruff check --quiet

@@ -194,11 +194,12 @@ def ideal_ratio(model: DSMoEForCausalLM, scenario: Scenario, counts: Sequence[Co
 def forward_passes(model: Any, scenario: Scenario) -> Callable[[], object]:
     """The work of a scenario, as often as it is called."""
     torch.manual_seed(1)
+    vocabulary = model.config.vocab_size
     if not scenario.decode:
-        ids = torch.randint(VOCABULARY, (scenario.batch, scenario.tokens))
+        ids = torch.randint(vocabulary, (scenario.batch, scenario.tokens))
         return lambda: model(ids, use_cache=False, logits_to_keep=1)
-    prompt = torch.randint(VOCABULARY, (scenario.batch, PROMPT))
-    steps = torch.randint(VOCABULARY, (scenario.tokens, scenario.batch, 1))
+    prompt = torch.randint(vocabulary, (scenario.batch, PROMPT))
+    steps = torch.randint(vocabulary, (scenario.tokens, scenario.batch, 1))
     cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
 
     def decode() -> None:

@@ -136,20 +136,37 @@ def collect(
         "text": _collect_text(Collection(text_megabytes * 1e6), modules),
         "code": _collect_code(Collection(code_megabytes * 1e6), modules),
     }
-    corpus: dict[str, Any] = {"format": CORPUS_FORMAT, "options": options, "files": {}, "groups": {}, "duplicates": {}}
+    corpus: dict[str, Any] = {
+        "format": CORPUS_FORMAT,
+        "options": options,
+        "groups": {kind: collection.groups for kind, collection in collections.items()},
+        "duplicates": {kind: collection.duplicates for kind, collection in collections.items()},
+    }
     try:
         (folder / "corpus.json").unlink(missing_ok=True)
-        for kind, collection in collections.items():
-            corpus["groups"][kind] = collection.groups
-            corpus["duplicates"][kind] = collection.duplicates
-            for split, documents in collection.splits().items():
-                name = f"{kind}/{split}.jsonl.zst"
-                corpus["files"][name] = _write_documents(folder / name, documents)
+        corpus["files"] = write_splits(folder, collections)
         write_whole(folder / "corpus.json", json.dumps(corpus, indent=1).encode() + b"\n")
     except OSError as error:
         raise DataError(f"{error.filename or output}: {error.strerror or error}") from error
     _print_table(corpus)
     return corpus
+
+
+def write_splits(folder: Path, collections: dict[str, Collection]) -> dict[str, dict[str, Any]]:
+    """Write FOLDER/KIND/{train,validation}.jsonl.zst of each kind.
+
+    Returns:
+        Sizes and checksum of each file, by its name below the folder.
+
+    Raises:
+        DataError: there are too few documents to split.
+        OSError: a file cannot be written.
+    """
+    return {
+        f"{kind}/{split}.jsonl.zst": _write_documents(folder / kind / f"{split}.jsonl.zst", documents)
+        for kind, collection in collections.items()
+        for split, documents in collection.splits().items()
+    }
 
 
 def _collect_text(collection: Collection, modules: list[Document]) -> Collection:
@@ -173,12 +190,12 @@ def _language_reference() -> Iterator[Document]:
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
-        yield from _document(topics[name], f"pydoc_data/topics/{name}", PYTHON_LICENSE)
+        yield from document(topics[name], f"pydoc_data/topics/{name}", PYTHON_LICENSE)
 
 
 def _package_descriptions(packages: list[Package]) -> Iterator[Document]:
     for package in packages:
-        yield from _document(package.description, f"{package.name}/description", package.license)
+        yield from document(package.description, f"{package.name}/description", package.license)
 
 
 def _package_files(packages: list[Package], suffixes: tuple[str, ...]) -> Iterator[Document]:
@@ -186,13 +203,13 @@ def _package_files(packages: list[Package], suffixes: tuple[str, ...]) -> Iterat
     for package, file in _in_mixed_order(packages):
         in_metadata = any(part.endswith(".dist-info") for part in file.parts)
         if file.suffix.lower() in suffixes and not in_metadata and not _is_license(file) and _wanted(file.parts):
-            yield from _document(_read(Path(str(file.locate()))), f"{package.name}/{file}", package.license)
+            yield from document(_read(Path(str(file.locate()))), f"{package.name}/{file}", package.license)
 
 
 def _license_texts(packages: list[Package]) -> Iterator[Document]:
     for package, file in _in_mixed_order(packages):
         if _is_license(file) and file.suffix.lower() in ("", *PROSE_SUFFIXES):
-            yield from _document(_read(Path(str(file.locate()))), f"{package.name}/{file}", package.license)
+            yield from document(_read(Path(str(file.locate()))), f"{package.name}/{file}", package.license)
 
 
 def _in_mixed_order(packages: list[Package]) -> list[tuple[Package, importlib.metadata.PackagePath]]:
@@ -209,7 +226,7 @@ def _standard_library() -> Iterator[Document]:
     names = sorted((path.relative_to(root).as_posix() for path in root.rglob("*.py")), key=_mixed)
     for name in names:
         if _wanted(Path(name).parts) and not name.startswith("_sysconfigdata"):
-            yield from _document(_read(root / name), f"python/{name}", PYTHON_LICENSE)
+            yield from document(_read(root / name), f"python/{name}", PYTHON_LICENSE)
 
 
 def _documentation_strings(modules: Iterable[Document]) -> Iterator[Document]:
@@ -222,8 +239,8 @@ def _documentation_strings(modules: Iterable[Document]) -> Iterator[Document]:
         except (SyntaxError, ValueError, RecursionError):
             continue
         text = "\n\n".join(_strings_below(tree))
-        for document in _document(text, f"{module.source}#documentation", module.license):
-            yield Document(document.text, document.source, document.license, family=module.text)
+        for found in document(text, f"{module.source}#documentation", module.license):
+            yield Document(found.text, found.source, found.license, family=module.text)
 
 
 def _strings_below(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
@@ -236,7 +253,7 @@ def _strings_below(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.Async
                 yield from _strings_below(child)
 
 
-def _document(text: str, source: str, license_name: str) -> Iterator[Document]:
+def document(text: str, source: str, license_name: str) -> Iterator[Document]:
     """The document, unless it is a stub or no text."""
     try:
         text.encode("utf-8")

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -26,9 +27,13 @@ class StopSignals:
     def __init__(self) -> None:
         self.received = 0
 
-    def listen(self) -> None:
-        """Take the signals from now on, all of them: the second of two must not kill what the first began."""
-        for number in STOP_SIGNALS:
+    def listen(self, others: Sequence[signal.Signals] = ()) -> None:
+        """Take these signals from now on, all of them: the second of two must not kill what the first began.
+
+        Args:
+            others: beside STOP_SIGNALS.
+        """
+        for number in (*STOP_SIGNALS, *others):
             signal.signal(number, self._remember)
 
     def ignore(self) -> None:
@@ -53,6 +58,15 @@ def end_with_parent() -> None:
     started_by = multiprocessing.parent_process()  # None unless Python started this process
     if os.getppid() != parent or not (started_by is None or started_by.is_alive()) or _lost_torchrun():
         os._exit(1)
+
+
+def stop_with_parent() -> None:
+    """For the start of a process (`preexec_fn`): it is told to stop when its parent ends, however that ends.
+
+    Linux only, as end_with_parent.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _lost_torchrun() -> bool:

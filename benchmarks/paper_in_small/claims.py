@@ -1,0 +1,125 @@
+"""The paper's claims, each held against the runs: which figures decide, and what they say.
+
+A figure is a ratio of perplexities of two models of one seed, which read the same samples in the same order, or of one
+model under two policies. A claim holds where every seed says so, does not where none does, and is not shown otherwise.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.paper_in_small.results import Result, Spread, by_entry, loss
+
+EQUAL = 1.01  # as good as: up to one per cent above
+WITHIN = 1.05
+ACTIVE = 0.4  # the share of the parameters that the claims are about
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the runs say of a claim.
+
+    Attributes:
+        claim: in a sentence.
+        measure: which ratio decides.
+        ratios: of each seed.
+        limit: that the ratio must not be above.
+    """
+
+    claim: str
+    measure: str
+    ratios: Spread
+    limit: float
+
+    @property
+    def verdict(self) -> str:
+        holds = [ratio <= self.limit for ratio in self.ratios.values]
+        if not holds or any(holds) != all(holds):
+            return "not shown"
+        return "yes" if all(holds) else "no"
+
+
+def findings(results: Sequence[Result]) -> list[Finding]:
+    """All claims, for each size that has the models that they are about."""
+    entries = by_entry([result for result in results if result.evaluation is not None])
+    found: list[Finding] = []
+    for size in ("4m", "12m"):
+        of_size = {name: runs for name, runs in entries.items() if runs[0].run.model.endswith(f"_{size}")}
+        best = {family: _best(of_size, family) for family in ("dense", "dsmoe", "smoe")}
+        if best["dsmoe"]:
+            found += _of_size(size, best["dense"], best["dsmoe"], best["smoe"])
+    small, large = _best(entries, "dsmoe", "_4m"), _best(entries, "dsmoe", "_12m")
+    if small and large:
+        found.append(_sizes(small, large))
+    return found
+
+
+def _best(entries: dict[str, list[Result]], family: str, size: str = "") -> list[Result]:
+    """The entry of a family with the least loss of its first seed under the policy that counts: the learning rate, the
+    weight of the loss, the number of experts are chosen so.
+    """
+    candidates = [
+        runs
+        for runs in entries.values()
+        if runs[0].run.family == family and runs[0].run.model.endswith(size) and _score(runs[0]) is not None
+    ]
+    return min(candidates, key=lambda runs: _score(runs[0]) or math.inf, default=[])
+
+
+def _score(result: Result) -> float | None:
+    """DS-MoE is judged by what it is for: its loss with few parameters active."""
+    return result.loss_at_share(ACTIVE) if result.run.family == "dsmoe" else loss(result.as_trained)
+
+
+def _of_size(size: str, dense: list[Result], dsmoe: list[Result], smoe: list[Result]) -> list[Finding]:
+    name = dsmoe[0].run.entry
+    found = []
+    if dense:
+        measure = f"{name} under the dense policy / {dense[0].run.entry}"
+        ratios = _paired(dsmoe, dense, _loss_as_trained, _loss_as_trained)
+        found.append(Finding(f"{size}: as good as a dense model of its size", measure, ratios, EQUAL))
+    sparse = _paired(dsmoe, dsmoe, lambda result: result.loss_at_share(ACTIVE), _loss_as_trained)
+    measure = f"{name} with {ACTIVE:.0%} active / under the dense policy"
+    found.append(Finding(f"{size}: within 5 % with at most {ACTIVE:.0%} active", measure, sparse, WITHIN))
+    if smoe:
+        share = smoe[0].as_trained["active_share"]
+        measure = f"{name} under the dense policy / {smoe[0].run.entry}"
+        ratios = _paired(dsmoe, smoe, _loss_as_trained, _loss_as_trained)
+        found.append(Finding(f"{size}: better than sparse-trained of equal total", measure, ratios, 1.0))
+        measure = f"{name} / {smoe[0].run.entry}, both with {share:.0%} active"
+        ratios = _paired(dsmoe, smoe, lambda result: result.loss_at_share(share), _loss_as_trained)
+        found.append(Finding(f"{size}: better than sparse-trained of equal active share", measure, ratios, 1.0))
+    for rule in ("topk", "threshold_topk"):
+        other = _paired(dsmoe, dsmoe, lambda result: result.loss_at_share(ACTIVE), _at_share_under(rule))
+        measure = f"{name}: threshold / {rule}, {ACTIVE:.0%} active"
+        found.append(Finding(f"{size}: threshold is better than {rule}", measure, other, 1.0))
+    return found
+
+
+def _sizes(small: list[Result], large: list[Result]) -> Finding:
+    def cost(result: Result) -> float | None:
+        at_share = result.loss_at_share(0.3)
+        return None if at_share is None else at_share - loss(result.as_trained)
+
+    measure = f"cost of 30 % active: {large[0].run.entry} / {small[0].run.entry}"
+    return Finding("larger models tolerate more sparsity", measure, _paired(large, small, cost, cost), 1.0)
+
+
+def _loss_as_trained(result: Result) -> float:
+    return loss(result.as_trained)
+
+
+def _at_share_under(rule: str) -> Callable[[Result], float | None]:
+    return lambda result: result.loss_at_share(ACTIVE, rule)
+
+
+def _paired(
+    ours: Sequence[Result],
+    theirs: Sequence[Result],
+    our_loss: Callable[[Result], float | None],
+    their_loss: Callable[[Result], float | None],
+) -> Spread:
+    """Ratio of perplexities, seed by seed."""
+    by_seed = {result.run.seed: their_loss(result) for result in theirs}
+    pairs = [(our_loss(result), by_seed.get(result.run.seed)) for result in ours]
+    return Spread([math.exp(our - their) for our, their in pairs if our is not None and their is not None])

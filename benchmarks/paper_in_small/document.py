@@ -1,0 +1,205 @@
+"""Writes docs/paper_in_small.md from the results of the runs: no figure in it is written by hand.
+
+python -m benchmarks.paper_in_small.document [--study FILE] [--results DIR] [--output FILE]
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from benchmarks.measuring import surroundings_line, table
+from benchmarks.paper_in_small.claims import findings
+from benchmarks.paper_in_small.data import KINDS
+from benchmarks.paper_in_small.pictures import PICTURES, draw
+from benchmarks.paper_in_small.results import Entry, Result, by_entry, loss, perplexity, read_results, spread
+from benchmarks.paper_in_small.speed import FILE, speed_table
+from benchmarks.paper_in_small.study import HERE, Study, read_study
+from data_tools.indexed_dataset import write_whole
+
+INTRODUCTION = HERE / "introduction.md"
+SHARES = (0.4, 0.3)
+Figure = Callable[[Entry], float]  # of one policy
+
+
+def write_document(study: Study, results_folder: Path, output: Path) -> None:
+    """The document, and its pictures in a folder `images` beside it."""
+    results = read_results(results_folder, study)
+    for name in PICTURES:
+        draw(name, results, output.parent / "images" / f"paper_in_small_{name}.svg")
+    write_whole(output, "\n".join(document(study, results, read_speed(results_folder))).encode())
+
+
+def read_speed(results_folder: Path) -> dict[str, Any] | None:
+    """What speed.py measured, if it has."""
+    path = results_folder / FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def document(study: Study, results: Sequence[Result], speed: dict[str, Any] | None) -> Iterator[str]:
+    """Its lines."""
+    measured = [result for result in results if result.evaluation is not None]
+    yield INTRODUCTION.read_text(encoding="utf-8")
+    yield from _section("What the paper claims, and what the runs say", claims_table(results))
+    yield from _section("All models", models_table(measured))
+    yield from _section("Text and code apart", kinds_table(measured))
+    yield from _section("Sparse-trained models under other numbers of experts", other_experts_table(measured))
+    yield from _section("Choices of experts", policies_table(measured))
+    for name, picture in PICTURES.items():
+        if picture.draw(measured) is not None:
+            yield from (
+                f"## {picture.title}",
+                "",
+                picture.text,
+                "",
+                f"![{picture.title}](images/paper_in_small_{name}.svg)",
+                "",
+            )
+    if speed is not None:
+        yield from _section("Speed of inference", [surroundings_line(speed["surroundings"]), "", *speed_table(speed)])
+    yield from _section("Time", time_table(results))
+    failed = [f"- {result.run.name}: {result.failure}" for result in results if result.failure is not None]
+    missing = [run.name for run in study.runs if run.name not in {result.run.name for result in results}]
+    yield from ("## Runs that ended otherwise", "", *(failed or ["None."]), "")
+    if missing:
+        yield from (f"Not made yet: {', '.join(missing)}.", "")
+
+
+def _section(title: str, lines: Sequence[str]) -> Iterator[str]:
+    if lines:
+        yield from (f"## {title}", "", *lines, "")
+
+
+def claims_table(results: Sequence[Result]) -> list[str]:
+    """Each claim with its figure."""
+    header = ["Claim", "Measured, ratio of perplexities", "Mean over seeds", "Seeds", "At most", "Holds"]
+    rows = [
+        [
+            finding.claim,
+            finding.measure,
+            finding.ratios.text(".3f"),
+            str(len(finding.ratios.values)),
+            f"{finding.limit:g}",
+            finding.verdict,
+        ]
+        for finding in findings(results)
+    ]
+    return table(header, rows) if rows else []
+
+
+def models_table(results: Sequence[Result]) -> list[str]:
+    """Table 3 in small."""
+    header = ["Model", "Parameters", "Seeds", "Perplexity as trained", "at eps 0.48", "active [%]"]
+    header += [f"{share:.0%} active" for share in SHARES] + ["Training, tokens/s a core"]
+    rows = []
+    for name, runs in by_entry(results).items():
+        row = [name, _millions(runs[0]), str(len(runs))]
+        row.append(spread(runs, _as_trained(perplexity)).text(".2f"))
+        row.append(spread(runs, _at_eps(perplexity)).text(".2f"))
+        row.append(spread(runs, _at_eps(lambda policy: 100 * policy["active_share"])).text(".0f"))
+        row += [spread(runs, _perplexity_at(share)).text(".2f") for share in SHARES]
+        row.append(f"{statistics.fmean(run.tokens_per_s for run in runs):,.0f}")
+        rows.append(row)
+    return table(header, rows) if rows else []
+
+
+def kinds_table(results: Sequence[Result]) -> list[str]:
+    """Losses of prose and code apart [nats per token]."""
+    rows = []
+    for name, runs in by_entry(results).items():
+        row = [name]
+        for kind in KINDS:
+            of_kind = partial(loss, kinds={kind: 1.0})
+            row += [spread(runs, _as_trained(of_kind)).text(".4f"), spread(runs, _at_eps(of_kind)).text(".4f")]
+        rows.append(row)
+    header = [f"{kind.capitalize()}, {policy}" for kind in KINDS for policy in ("as trained", "eps 0.48")]
+    return table(["Model, nats per token", *header], rows) if rows else []
+
+
+def other_experts_table(results: Sequence[Result]) -> list[str]:
+    """What sparse-trained models make of fewer or more experts than they were trained with."""
+    entries = {name: runs for name, runs in by_entry(results).items() if runs[0].run.family == "smoe"}
+    counts = sorted({_top_k(policy) for runs in entries.values() for run in runs for policy in run.under("topk")})
+    rows = [
+        [name, *(spread(runs, _perplexity_of_top_k(count)).text(".2f") for count in counts)]
+        for name, runs in entries.items()
+    ]
+    return table(["Model, perplexity", *(f"K = {count}" for count in counts)], rows) if rows else []
+
+
+def policies_table(results: Sequence[Result]) -> list[str]:
+    """The three rules at equal shares."""
+    rules = ("threshold", "threshold_topk", "topk")
+    rows = [
+        [name, f"{share:.0%}"] + [spread(runs, _perplexity_at(share, rule)).text(".2f") for rule in rules]
+        for name, runs in by_entry(results).items()
+        if runs[0].run.family == "dsmoe"
+        for share in SHARES
+    ]
+    return table(["Model, perplexity", "Active", *rules], rows) if rows else []
+
+
+def time_table(results: Sequence[Result]) -> list[str]:
+    """What the study took."""
+    rows = []
+    for stage in ("training", "evaluation"):
+        costs = [cost for result in results for cost in result.costs if cost["stage"] == stage]
+        processor, wall = sum(cost["processor_s"] for cost in costs), sum(cost["wall_s"] for cost in costs)
+        peak = max((cost["peak_bytes"] for cost in costs), default=0)
+        rows.append(
+            [stage, str(len(results)), f"{processor / 3600:.1f}", f"{wall / 3600:.1f}", f"{peak / 1e6:,.0f} MB"]
+        )
+    return table(["", "Runs", "Processor hours", "Hours by the clock of one process", "Largest process"], rows)
+
+
+def _as_trained(figure: Figure) -> Callable[[Result], float | None]:
+    return lambda run: figure(run.as_trained)
+
+
+def _at_eps(figure: Figure, eps: float = 0.48) -> Callable[[Result], float | None]:
+    def at_eps(run: Result) -> float | None:
+        policy = run.threshold(eps)
+        return None if policy is None else figure(policy)
+
+    return at_eps
+
+
+def _perplexity_of_top_k(count: int) -> Callable[[Result], float | None]:
+    return lambda run: next((perplexity(policy) for policy in run.under("topk") if _top_k(policy) == count), None)
+
+
+def _perplexity_at(share: float, rule: str = "threshold") -> Callable[[Result], float | None]:
+    def at_share(run: Result) -> float | None:
+        found = run.loss_at_share(share, rule) if run.run.family == "dsmoe" else None
+        return None if found is None else math.exp(found)
+
+    return at_share
+
+
+def _top_k(policy: Entry) -> int:
+    return int(policy["policy"]["num_experts_per_tok"])
+
+
+def _millions(result: Result) -> str:
+    assert result.evaluation is not None
+    return f"{result.evaluation['parameters_without_embeddings'] / 1e6:.2f} M"
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m benchmarks.paper_in_small.document", description=__doc__)
+    parser.add_argument("--study", type=Path, default=HERE / "study.yaml", metavar="FILE", help="the runs")
+    parser.add_argument("--results", type=Path, default=HERE / "results", metavar="DIR", help="what they left")
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs/paper_in_small.md"), metavar="FILE", help="Markdown to write"
+    )
+    arguments = parser.parse_args()
+    write_document(read_study(arguments.study), arguments.results, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The study's pictures: the paper's Figures 3, 4 and 5 for its own models. Points are means over the seeds."""
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.paper_in_small.results import Entry, Result, by_entry, perplexity
+from dsmoe_megatron.reporting.figures import COLOURS, KINDS, LINE_STYLES, MARKERS, STYLE
+
+WIDTH, HEIGHT = 9.0, 4.0  # inches
+SIZES = {"4m": "about 4 million parameters", "12m": "about 12 million parameters"}
+EPS = 0.48
+Point = tuple[float, float]
+
+
+class Picture(NamedTuple):
+    title: str
+    text: str
+    draw: Callable[[Sequence[Result]], Figure | None]
+
+
+def draw(name: str, results: Sequence[Result], path: Path) -> None:
+    """Write a picture, unless there is nothing to draw yet."""
+    with matplotlib.rc_context(STYLE):
+        figure = PICTURES[name].draw([result for result in results if result.evaluation is not None])
+        if figure is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, format="svg", metadata={"Date": None}, bbox_inches="tight", pad_inches=0.08)
+
+
+def perplexity_by_share(results: Sequence[Result]) -> Figure | None:
+    """A panel per size: DS-MoE under thresholds, sparse-trained models by K, the dense model as a line."""
+    panels = [(size, found) for size in SIZES if (found := _of_size(results, size))]
+    if not panels:
+        return None
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    for axis, (size, runs) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        colours = _colours(by_entry(runs))
+        for name, seeds in by_entry(runs).items():
+            if seeds[0].run.family == "dense":
+                level = statistics.fmean(perplexity(seed.as_trained) for seed in seeds)
+                axis.axhline(level, color=colours[name], linestyle="--", linewidth=1.2, label=name)
+                continue
+            rule = "threshold" if seeds[0].run.family == "dsmoe" else "topk"
+            points = [*_means(seeds, rule), *_means(seeds, "dense")]
+            axis.plot(*zip(*points, strict=True), color=colours[name], marker=MARKERS[rule], markersize=4, label=name)
+        _labels(axis, SIZES[size])
+    _legend(figure)
+    return figure
+
+
+def rules_by_share(results: Sequence[Result]) -> Figure | None:
+    """A panel per DS-MoE model: the three rules of choosing experts."""
+    entries = [(name, runs) for name, runs in by_entry(results).items() if runs[0].run.family == "dsmoe"]
+    if not entries:
+        return None
+    rows = -(-len(entries) // 3)
+    figure = Figure(figsize=(WIDTH, 0.75 * HEIGHT * rows), layout="constrained")
+    axes = list(figure.subplots(rows, 3, squeeze=False).flat)
+    for axis, (name, runs) in zip(axes, entries, strict=False):
+        for rule, colour in zip(("threshold", "threshold_topk", "topk"), COLOURS, strict=False):
+            points = [*_means(runs, rule), *_means(runs, "dense")]
+            axis.plot(*zip(*points, strict=True), color=colour, marker=MARKERS[rule], markersize=4, label=rule)
+        _labels(axis, name)
+    for axis in axes[len(entries) :]:
+        axis.set_axis_off()
+    _legend(figure)
+    return figure
+
+
+def active_experts_per_layer(results: Sequence[Result]) -> Figure | None:
+    """Share of the experts that a token activates at eps 0.48, layer by layer: attention and MLP."""
+    entries = {name: runs for name, runs in by_entry(results).items() if runs[0].threshold(EPS) is not None}
+    if not entries:
+        return None
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    colours = _colours(entries)
+    for axis, (kind, title) in zip(figure.subplots(1, 2), KINDS.items(), strict=True):
+        for index, (name, runs) in enumerate(entries.items()):
+            points = list(_active_by_layer(runs, kind))
+            if points:
+                style = LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)]
+                axis.plot(
+                    *zip(*points, strict=True),
+                    color=colours[name],
+                    linestyle=style,
+                    marker="o",
+                    markersize=4,
+                    label=name,
+                )
+        axis.set_title(title)
+        axis.set_xlabel("layer")
+        axis.set_ylabel("active experts [%]")
+        axis.set_ylim(0, 100)
+    _legend(figure)
+    return figure
+
+
+PICTURES = {
+    "share": Picture(
+        "Perplexity against active parameters",
+        "The paper's Figure 3. DS-MoE under thresholds, up to the dense policy; sparse-trained models under more and"
+        " fewer experts than they were trained with; dense models as lines.",
+        perplexity_by_share,
+    ),
+    "rules": Picture(
+        "Rules of choosing experts", "The paper's Figure 4: what the same models lose under each rule.", rules_by_share
+    ),
+    "layers": Picture(
+        "Active experts per layer",
+        "The paper's Figure 5: share of the experts that a token activates at eps 0.48.",
+        active_experts_per_layer,
+    ),
+}
+
+
+def _of_size(results: Sequence[Result], size: str) -> list[Result]:
+    return [result for result in results if result.run.model.endswith(f"_{size}")]
+
+
+def _means(seeds: Sequence[Result], rule: str) -> Iterator[Point]:
+    """Active share [%] and perplexity under each policy of a rule, means over the seeds."""
+    for policies in zip(*(seed.under(rule) for seed in seeds), strict=True):
+        yield _mean(policies, lambda policy: 100 * policy["active_share"]), _mean(policies, perplexity)
+
+
+def _mean(policies: Sequence[Entry], figure: Callable[[Entry], float]) -> float:
+    return statistics.fmean(figure(policy) for policy in policies)
+
+
+def _active_by_layer(runs: Sequence[Result], kind: str) -> Iterator[Point]:
+    of_runs = [
+        [router for router in policy["routers"] if router["kind"] == kind]
+        for run in runs
+        if (policy := run.threshold(EPS)) is not None
+    ]
+    for routers in zip(*of_runs, strict=True):
+        shares = [router["active_experts"] / len(router["share"]) for router in routers]
+        yield routers[0]["layer"], 100 * statistics.fmean(shares)
+
+
+def _colours(names: Sequence[str] | dict[str, list[Result]]) -> dict[str, str]:
+    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
+
+
+def _labels(axis: Axes, title: str) -> None:
+    axis.set_title(title)
+    axis.set_xlabel("active share of the parameters [%]")
+    axis.set_ylabel("perplexity")
+
+
+def _legend(figure: Figure) -> None:
+    """One for all panels."""
+    found: dict[str, Artist] = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(list(found.values()), list(found), loc="outside upper left", ncols=3)

@@ -1,0 +1,149 @@
+"""What finished runs left in the results folder, and the figures that the document takes from it."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper_in_small.data import KINDS
+from benchmarks.paper_in_small.runner import COST, FAILURE
+from benchmarks.paper_in_small.study import EVALUATION, PlannedRun, Study
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run that has ended.
+
+    Attributes:
+        run: as planned.
+        training: lines of its metrics with a training loss.
+        evaluation: result of `evaluate`; None where it failed before.
+        costs: of its processes.
+        failure: how it failed; None if it did not.
+        folder: where all this lies.
+    """
+
+    run: PlannedRun
+    training: list[Entry]
+    evaluation: Entry | None
+    costs: list[Entry]
+    failure: str | None
+    folder: Path
+
+    @property
+    def policies(self) -> dict[str, Entry]:
+        """Under each policy; the first is the model as it was trained."""
+        return {} if self.evaluation is None else dict(self.evaluation["policies"])
+
+    @cached_property
+    def as_trained(self) -> Entry:
+        return next(iter(self.policies.values()))
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of training on one core, median over its lines."""
+        return statistics.median(line["tokens_per_s"] for line in self.training if "tokens_per_s" in line)
+
+    def under(self, rule: str) -> list[Entry]:
+        """Policies of one rule, by rising active share."""
+        found = [policy for policy in self.policies.values() if policy["policy"]["expert_policy"] == rule]
+        return sorted(found, key=lambda policy: policy["active_share"])
+
+    def threshold(self, eps: float) -> Entry | None:
+        """Under the threshold policy of one eps for all experts."""
+        found = (policy for policy in self.under("threshold") if policy["policy"]["expert_threshold"] == eps)
+        return next(found, None)
+
+    def loss_at_share(self, share: float, rule: str = "threshold") -> float | None:
+        """Loss [nats per token] where so much of the parameters is active, between two measured policies of a rule.
+
+        None where no policy of the rule is as sparse.
+        """
+        points = [(policy["active_share"], loss(policy)) for policy in [*self.under(rule), *self.under("dense")]]
+        for (low, low_loss), (high, high_loss) in pairwise(points):
+            if low <= share <= high and high > low:
+                return low_loss + (high_loss - low_loss) * (share - low) / (high - low)
+        return None
+
+
+def loss(policy: Entry, kinds: dict[str, float] | None = None) -> float:
+    """Nats per token, text and code weighed as in training, or one of them."""
+    weights = kinds or KINDS
+    by_kind = {Path(name).name.split("_")[0]: value for name, value in policy["loss_by_data"].items()}
+    return sum(weight * by_kind[kind] for kind, weight in weights.items()) / sum(weights.values())
+
+
+def perplexity(policy: Entry, kinds: dict[str, float] | None = None) -> float:
+    """exp of the loss."""
+    return math.exp(loss(policy, kinds))
+
+
+def read_results(folder: Path, study: Study) -> list[Result]:
+    """The ended runs, in the order of the study."""
+    return [_read(folder / run.name, run) for run in study.runs if (folder / run.name).is_dir()]
+
+
+def _read(folder: Path, run: PlannedRun) -> Result:
+    metrics = list(_lines(folder / "metrics.jsonl"))
+    evaluation, failure = folder / EVALUATION, folder / FAILURE
+    return Result(
+        run,
+        [line for line in metrics if "lm_loss" in line],
+        json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else None,
+        list(_lines(folder / COST)),
+        failure.read_text(encoding="utf-8").strip() if failure.is_file() else None,
+        folder,
+    )
+
+
+def _lines(path: Path) -> Iterator[Entry]:
+    if path.is_file():
+        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over the seeds.
+
+    Attributes:
+        values: of each seed, none of those that do not have it.
+    """
+
+    values: Sequence[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def half_range(self) -> float:
+        """Half the distance of smallest and largest."""
+        return (max(self.values) - min(self.values)) / 2
+
+    def text(self, form: str) -> str:
+        """Mean and, of several seeds, half the range; empty without values."""
+        if not self.values:
+            return ""
+        half = f" ± {self.half_range:{form}}" if len(self.values) > 1 else ""
+        return f"{self.mean:{form}}{half}"
+
+
+def spread(results: Sequence[Result], figure: Callable[[Result], float | None]) -> Spread:
+    """A figure of each run that has it."""
+    values = [figure(result) for result in results if result.evaluation is not None]
+    return Spread([value for value in values if value is not None])
+
+
+def by_entry(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The seeds of each entry of the study, in its order."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.run.entry, []).append(result)
+    return found

@@ -1,0 +1,185 @@
+"""The study as a program: it makes what is missing, goes on after a stop, writes its document from the results."""
+
+import gzip
+import io
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from benchmarks.paper_in_small.claims import findings
+from benchmarks.paper_in_small.corpus import Part, collect
+from benchmarks.paper_in_small.document import document, read_speed, write_document
+from benchmarks.paper_in_small.results import Result, loss, read_results
+from benchmarks.paper_in_small.study import HERE, PlannedRun, read_study
+from dsmoe_megatron.errors import EnvironmentNotSupportedError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(folder: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "benchmarks.paper_in_small", "--study", str(HERE / "smoke.yaml")]
+    command += ["--folder", str(folder), "--results", str(folder / "results"), "--processes", "2"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_the_study_is_made_whole_though_it_was_stopped(tmp_path: Path) -> None:
+    first = start(tmp_path)
+    assert first.stdout is not None
+    for line in first.stdout:
+        if "dense_4m_seed_1: training" in line:
+            break
+    first.send_signal(signal.SIGTERM)
+    left = first.communicate(timeout=120)[0]
+    assert first.returncode == 1, left
+    assert "the same command goes on" in left
+
+    second = start(tmp_path)
+    output = second.communicate(timeout=400)[0]
+
+    assert second.returncode == 0, output
+    study = read_study(HERE / "smoke.yaml")
+    results = read_results(tmp_path / "results", study)
+    assert [result.run for result in results] == study.runs
+    assert [result.failure for result in results] == [None] * len(results)
+    assert [len(result.training) for result in results] == [4] * len(results)  # no step twice, none missing
+    for result in results:
+        assert result.evaluation is not None
+        by_data = {Path(name).name: value for name, value in result.as_trained["loss_by_data"].items()}
+        expected = 0.9 * by_data["text_validation"] + 0.1 * by_data["code_validation"]
+        assert loss(result.as_trained) == pytest.approx(expected)
+    write_document(study, tmp_path / "results", tmp_path / "docs" / "study.md")
+    text = (tmp_path / "docs" / "study.md").read_text(encoding="utf-8")
+    for name in ("dense_4m", "dsmoe_4m_alpha_1e-2", "smoke", "Not made yet"):
+        assert (f"| {name} " in text) == (name in ("dense_4m", "dsmoe_4m_alpha_1e-2"))
+    assert len(list((tmp_path / "docs" / "images").iterdir())) == 3
+
+
+def test_the_document_is_that_of_the_results() -> None:
+    study = read_study(HERE / "study.yaml")
+
+    expected = list(document(study, read_results(HERE / "results", study), read_speed(HERE / "results")))
+
+    assert (ROOT / "docs" / "paper_in_small.md").read_text(encoding="utf-8") == "\n".join(expected), (
+        "run python -m benchmarks.paper_in_small.document"
+    )
+
+
+def a_result(entry: str, model: str, seed: int, losses: dict[tuple[str, float | int], tuple[float, float]]) -> Result:
+    """A run with these losses: (rule, limit) -> (active share, loss)."""
+    keys = {"threshold": "expert_threshold", "topk": "num_experts_per_tok", "threshold_topk": "expert_threshold"}
+    policies: dict[str, Any] = {}
+    for (rule, limit), (share, value) in losses.items():
+        policy = {"expert_policy": rule} | ({keys[rule]: limit} if rule in keys else {})
+        by_data = {"data/text_validation": value, "data/code_validation": value}
+        policies[f"{rule} {limit}"] = {"policy": policy, "active_share": share, "loss_by_data": by_data}
+    run = PlannedRun(entry, model, seed, {})
+    return Result(run, [], {"policies": policies, "parameters_without_embeddings": 1}, [], None, Path())
+
+
+def test_claims_are_judged_seed_by_seed() -> None:
+    results = []
+    for seed, dsmoe in ((1, 3.0), (2, 3.2)):
+        results.append(a_result("plain", "dense_4m", seed, {("dense", 0): (1.0, 3.1)}))
+        sparse = {
+            ("dense", 0): (1.0, dsmoe),
+            ("threshold", 0.5): (0.5, dsmoe + 0.02),
+            ("threshold", 1.0): (0.3, dsmoe + 0.04),
+            ("topk", 2): (0.3, dsmoe + 0.2),
+        }
+        results.append(a_result("ours", "dsmoe_4m", seed, sparse))
+        results.append(a_result("theirs", "smoe_4m", seed, {("topk", 4): (0.4, 3.5)}))
+
+    found = {finding.claim: finding for finding in findings(results)}
+
+    equal = found["4m: as good as a dense model of its size"]
+    assert equal.ratios.values == pytest.approx([math.exp(-0.1), math.exp(0.1)])
+    assert equal.verdict == "not shown"  # one seed says yes, the other no
+    within = found["4m: within 5 % with at most 40% active"]
+    assert within.ratios.values == pytest.approx([math.exp(0.03)] * 2)  # half-way between 0.3 and 0.5
+    assert within.verdict == "yes"
+    assert found["4m: better than sparse-trained of equal active share"].verdict == "yes"
+    # topk at 40 %: between its own 30 % and the dense policy
+    worse = 0.2 * (1.0 - 0.4) / (1.0 - 0.3)
+    assert found["4m: threshold is better than topk"].ratios.values == pytest.approx([math.exp(0.03 - worse)] * 2)
+    assert found["4m: threshold is better than threshold_topk"].verdict == "not shown"  # never measured
+
+
+def make_package(folder: Path, files: dict[str, bytes]) -> None:
+    """A Debian package of these files."""
+    root = folder / "root"
+    (root / "DEBIAN").mkdir(parents=True)
+    (root / "DEBIAN" / "control").write_text(
+        "Package: tale\nVersion: 1\nArchitecture: all\nMaintainer: a\nDescription: b\n"
+    )
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    subprocess.run(["dpkg-deb", "--build", root, folder / "tale_1_all.deb"], check=True, capture_output=True)
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="there is no dpkg-deb: not a Debian system")
+def test_the_corpus_is_read_out_of_packages(tmp_path: Path) -> None:
+    prose = {number: f"Chapter {number}. " + f"It was night number {number}. " * 20 for number in range(40)}
+    files = {f"usr/share/doc/tale/{number}.txt": text.encode() for number, text in prose.items()}
+    files["usr/share/doc/tale/copy.txt"] = prose[3].encode()
+    files["usr/share/doc/tale/left_out/41.txt"] = b"not wanted " * 50
+    files["usr/share/doc/tale/latin.txt"] = "naïve ".encode("latin-1") * 50
+    files["usr/share/doc/tale/page.html"] = f"<html><p>{prose[5]}</p><p>An <b>end</b>.</p></html>".encode()
+    code = {f"tale/{number}.py": f"def chapter_{number}():\n    return {number}\n" * 10 for number in range(30)}
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:xz") as tar:
+        for name, text in code.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(text)
+            tar.addfile(entry, io.BytesIO(text.encode()))
+    files["usr/src/tale.tar.xz"] = archive.getvalue()
+    files["usr/share/tale/poem.gz"] = gzip.compress("\n\n".join(f"verse {n} " * 30 for n in range(6)).encode())
+    packages = tmp_path / "corpus" / "packages"
+    packages.mkdir(parents=True)
+    make_package(packages, files)
+    parts = [
+        Part("tale", "text", ("*.txt", "*.html"), without=("*/left_out/*",)),
+        Part("tale", "text", ("*/poem.gz",), paragraphs_per_document=2),
+        Part("tale", "code", ("*.py",), archive="usr/src/tale.tar.xz"),
+    ]
+
+    collect(tmp_path / "corpus", parts)
+
+    documents = {
+        (kind, split): [
+            json.loads(line)["text"] for line in read_lines(tmp_path / "corpus" / kind / f"{split}.jsonl.zst")
+        ]
+        for kind in ("text", "code")
+        for split in ("train", "validation")
+    }
+    texts = documents["text", "train"] + documents["text", "validation"]
+    assert len(texts) == len(set(texts)) == len(prose) + 1 + 3
+    assert set(prose.values()) <= set(texts)
+    page = next(text for text in texts if "An end." in text)
+    assert "<" not in page
+    assert prose[5].strip() in page.replace("\n", " ")
+    assert sum(text.count("verse") == 60 for text in texts) == 3
+    assert sorted(documents["code", "train"] + documents["code", "validation"]) == sorted(code.values())
+    assert documents["text", "validation"]
+    assert documents["code", "validation"]
+
+
+def test_a_package_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    with pytest.raises(EnvironmentNotSupportedError, match=r"needs Debian's apt-get, or tale_\*\.deb in"):
+        collect(tmp_path / "corpus", [Part("tale", "text", ("*",))])
+
+
+def read_lines(path: Path) -> list[str]:
+    with zstandard.open(path, "rt", encoding="utf-8") as file:
+        return list(file)
