@@ -213,7 +213,7 @@ def turns(bench: Bench, scratch: Path, repeats: int) -> Iterator[dict[str, dict[
 def measure(arguments: Namespace) -> dict[str, Any]:
     device = prepare_device()
     around = surroundings(device)
-    config = single_batch(model_of(arguments.megabytes, arguments.width), 2, 128)
+    config = single_batch(model_of(arguments.megabytes, int(arguments.width)), 2, 128)
     config.checkpoint.keep_last = 1
     with (
         tempfile.TemporaryDirectory(dir=arguments.folder) as scratch,
