@@ -4,7 +4,7 @@
 # make faults       a hundred faults, one after the other, in training runs that must come out as if nothing had been
 # make paper-small  dense, DS-MoE and sparse-trained models of a size that a CPU trains, compared; hours, or SMOKE=1: minutes
 # make check        lint, format, types, import rules
-# make clean        remove what these made; runs/ stays
+# make clean        remove what these made; runs/ and paper_in_small_run/ stay
 #
 # The first call installs into .venv. Choices, as in `make test PYTHON=python3.12`:
 #   PYTHON        interpreters to try for .venv, 3.10 or later

@@ -62,7 +62,7 @@ class Document:
     @cached_property
     def split_position(self) -> float:
         """Uniform in [0, 1); the lowest go to validation."""
-        return int(_digest(self.family or self.text)[:12], 16) / 16**12
+        return uniform(_digest(self.family or self.text))
 
 
 @dataclass(frozen=True)
@@ -294,6 +294,11 @@ def _wanted(parts: tuple[str, ...]) -> bool:
 def _mixed(name: str) -> str:
     """Sort key that mixes folders and packages, the same way every time."""
     return hashlib.sha256(name.encode()).hexdigest()
+
+
+def uniform(digest: str) -> float:
+    """A hexadecimal digest as a number in [0, 1)."""
+    return int(digest[:12], 16) / 16**12
 
 
 def _digest(text: str) -> str:

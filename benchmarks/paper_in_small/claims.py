@@ -13,6 +13,7 @@ from benchmarks.paper_in_small.results import Result, Spread, by_entry, loss
 
 EQUAL = 1.01  # as good as: up to one per cent above
 WITHIN = 1.05
+SIZES, FAMILIES = ("4m", "12m"), ("dense", "dsmoe", "smoe")
 SEEDS = 2  # fewer show nothing
 ACTIVE = 0.4  # the share of the parameters that the claims are about
 
@@ -45,25 +46,24 @@ def findings(results: Sequence[Result]) -> list[Finding]:
     """All claims, for each size that has the models that they are about."""
     entries = by_entry([result for result in results if result.evaluation is not None])
     found: list[Finding] = []
-    for size in ("4m", "12m"):
-        of_size = {name: runs for name, runs in entries.items() if runs[0].run.model.endswith(f"_{size}")}
-        best = {family: _best(of_size, family) for family in ("dense", "dsmoe", "smoe")}
-        if best["dsmoe"]:
-            found += _of_size(size, best["dense"], best["dsmoe"], best["smoe"])
-    small, large = _best(entries, "dsmoe", "_4m"), _best(entries, "dsmoe", "_12m")
+    best = {size: {family: _best(entries, family, size) for family in FAMILIES} for size in SIZES}
+    for size, of_size in best.items():
+        if of_size["dsmoe"]:
+            found += _of_size(size, **of_size)
+    small, large = (best[size]["dsmoe"] for size in SIZES)
     if small and large:
         found.append(_sizes(small, large))
     return found
 
 
-def _best(entries: dict[str, list[Result]], family: str, size: str = "") -> list[Result]:
+def _best(entries: dict[str, list[Result]], family: str, size: str) -> list[Result]:
     """The entry of a family with the least loss of its first seed under the policy that counts: the learning rate, the
     weight of the loss, the number of experts are chosen so.
     """
     candidates = [
         runs
         for runs in entries.values()
-        if runs[0].run.family == family and runs[0].run.model.endswith(size) and _score(runs[0]) is not None
+        if runs[0].run.family == family and runs[0].run.model.endswith(f"_{size}") and _score(runs[0]) is not None
     ]
     return min(candidates, key=lambda runs: _score(runs[0]) or math.inf, default=[])
 

@@ -26,7 +26,7 @@ from inscriptis import get_text
 from jsonargparse import ArgumentParser
 from tqdm import tqdm
 
-from data_tools.collect_local_corpus import Collection, Document, document, write_splits
+from data_tools.collect_local_corpus import Collection, Document, document, uniform, write_splits
 from data_tools.indexed_dataset import write_whole
 from data_tools.sources import MAX_FILE_BYTES
 from dsmoe_megatron.errors import DataError, DSMoEError, EnvironmentNotSupportedError, exit_with
@@ -197,7 +197,7 @@ def _pieces(name: str, content: bytes, part: Part) -> Iterator[tuple[str, str]]:
 
 def _position(name: str) -> float:
     """Uniform in [0, 1) by the name."""
-    return int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) / 16**12
+    return uniform(hashlib.sha256(name.encode()).hexdigest())
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

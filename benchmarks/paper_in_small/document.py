@@ -30,9 +30,13 @@ Figure = Callable[[Entry], float]  # of one policy
 def write_document(study: Study, results_folder: Path, output: Path) -> None:
     """The document, and its pictures in a folder `images` beside it."""
     results = read_results(results_folder, study)
-    for name in PICTURES:
-        draw(name, results, output.parent / "images" / f"paper_in_small_{name}.svg")
-    write_whole(output, "\n".join(document(study, results, read_speed(results_folder))).encode())
+    pictures = [name for name in PICTURES if draw(name, results, picture_path(output.parent, name))]
+    write_whole(output, "\n".join(document(study, results, read_speed(results_folder), pictures)).encode())
+
+
+def picture_path(folder: Path, name: str) -> Path:
+    """Where a picture lies, seen from the document's folder."""
+    return folder / "images" / f"paper_in_small_{name}.svg"
 
 
 def read_speed(results_folder: Path) -> dict[str, Any] | None:
@@ -41,8 +45,17 @@ def read_speed(results_folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def document(study: Study, results: Sequence[Result], speed: dict[str, Any] | None) -> Iterator[str]:
-    """Its lines."""
+def document(
+    study: Study, results: Sequence[Result], speed: dict[str, Any] | None, pictures: Sequence[str]
+) -> Iterator[str]:
+    """Its lines.
+
+    Args:
+        study: what was planned.
+        results: what came of it.
+        speed: report of speed.py, if there is one.
+        pictures: names of those that were drawn.
+    """
     measured = [result for result in results if result.evaluation is not None]
     yield INTRODUCTION.read_text(encoding="utf-8")
     yield from _section("What the paper claims, and what the runs say", claims_table(results))
@@ -50,16 +63,9 @@ def document(study: Study, results: Sequence[Result], speed: dict[str, Any] | No
     yield from _section("Text and code apart", kinds_table(measured))
     yield from _section("Sparse-trained models under other numbers of experts", other_experts_table(measured))
     yield from _section("Choices of experts", policies_table(measured))
-    for name, picture in PICTURES.items():
-        if picture.draw(measured) is not None:
-            yield from (
-                f"## {picture.title}",
-                "",
-                picture.text,
-                "",
-                f"![{picture.title}](images/paper_in_small_{name}.svg)",
-                "",
-            )
+    for name in pictures:
+        title, text, _ = PICTURES[name]
+        yield from _section(title, [text, "", f"![{title}]({picture_path(Path(), name)})"])
     if speed is not None:
         yield from _section("Speed of inference", [surroundings_line(speed["surroundings"]), "", *speed_table(speed)])
     yield from _section("Time", time_table(results))

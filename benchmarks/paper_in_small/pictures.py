@@ -25,13 +25,14 @@ class Picture(NamedTuple):
     draw: Callable[[Sequence[Result]], Figure | None]
 
 
-def draw(name: str, results: Sequence[Result], path: Path) -> None:
-    """Write a picture, unless there is nothing to draw yet."""
+def draw(name: str, results: Sequence[Result], path: Path) -> bool:
+    """Write a picture; returns false where there is nothing to draw yet."""
     with matplotlib.rc_context(STYLE):
         figure = PICTURES[name].draw([result for result in results if result.evaluation is not None])
         if figure is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, format="svg", metadata={"Date": None}, bbox_inches="tight", pad_inches=0.08)
+    return figure is not None
 
 
 def perplexity_by_share(results: Sequence[Result]) -> Figure | None:

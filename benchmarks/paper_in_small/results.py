@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.paper_in_small.data import KINDS
 from benchmarks.paper_in_small.runner import COST, FAILURE
-from benchmarks.paper_in_small.study import EVALUATION, PlannedRun, Study
+from benchmarks.paper_in_small.study import EVALUATION, PlannedRun, Study, read_lines
 
 Entry = dict[str, Any]
 
@@ -91,21 +91,15 @@ def read_results(folder: Path, study: Study) -> list[Result]:
 
 
 def _read(folder: Path, run: PlannedRun) -> Result:
-    metrics = list(_lines(folder / "metrics.jsonl"))
     evaluation, failure = folder / EVALUATION, folder / FAILURE
     return Result(
         run,
-        [line for line in metrics if "lm_loss" in line],
+        [line for line in read_lines(folder / "metrics.jsonl") if "lm_loss" in line],
         json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else None,
-        list(_lines(folder / COST)),
+        read_lines(folder / COST),
         failure.read_text(encoding="utf-8").strip() if failure.is_file() else None,
         folder,
     )
-
-
-def _lines(path: Path) -> Iterator[Entry]:
-    if path.is_file():
-        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
 
 
 @dataclass(frozen=True)

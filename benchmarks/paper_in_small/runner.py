@@ -19,7 +19,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.paper_in_small.study import EVALUATION, PlannedRun, Study, evaluation_command, training_command
+from benchmarks.paper_in_small.study import (
+    EVALUATION,
+    PlannedRun,
+    Study,
+    evaluation_command,
+    read_lines,
+    training_command,
+)
 from data_tools.indexed_dataset import write_whole
 from dsmoe_megatron.runtime.processes import STOP_SIGNALS, StopSignals, stop_with_parent
 
@@ -148,15 +155,11 @@ class Runner:
 
 def _is_trained(run_dir: Path) -> bool:
     """Whether a training process ended because it was through, not because it was told to stop."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return any("validation_loss" in line for line in lines)
+    return any("validation_loss" in line for line in read_lines(run_dir / "metrics.jsonl"))
 
 
 def _finished_stages(run_dir: Path) -> set[str]:
-    if not (run_dir / COST).is_file():
-        return set()
-    lines = [json.loads(line) for line in (run_dir / COST).read_text(encoding="utf-8").splitlines()]
-    return {line["stage"] for line in lines if line["finished"]}
+    return {line["stage"] for line in read_lines(run_dir / COST) if line["finished"]}
 
 
 @contextlib.contextmanager

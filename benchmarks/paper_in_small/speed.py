@@ -1,9 +1,9 @@
 """How fast the study's models infer: exports of DS-MoE, dense and sparse, beside the export of the dense model.
 
-    python -m benchmarks.paper_in_small.speed [--dsmoe RUN] [--dense RUN] [--folder DIR] [--results DIR]
+    python -m benchmarks.paper_in_small.speed [--dsmoe RUN] [--dense RUN] [--folder DIR] [--json FILE]
 
 Prefill and decoding as in benchmarks/sparse_inference.py: float32, one process, the models take turns, ratios are taken
-within a repeat. Writes speed.json into the results folder, which the document shows. Wants a quiet machine.
+within a repeat. Its report, speed.json in the results folder, is shown by the document. Wants a quiet machine.
 """
 
 import statistics

@@ -1,5 +1,6 @@
 """The study as it is written down in study.yaml: which runs there are, and the commands that make each of them."""
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -96,6 +97,11 @@ def read_study(path: Path) -> Study:
         if not (RECIPES / f"{run.model}.yaml").is_file():
             raise ConfigurationError("runs.model", run.model, f"has no recipe in {RECIPES}")
     return Study(content["corpus"], Policies(**content["evaluation"]), runs)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def _in_rounds(entries: list[dict[str, Any]], common: dict[str, Any]) -> Iterator[PlannedRun]:

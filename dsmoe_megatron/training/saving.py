@@ -78,7 +78,7 @@ class SaveReport:
 
 @dataclass
 class _Save:
-    """A save that is not over."""
+    """A save that is not over. Its thread pickles what was written: thousands of entries need not keep training."""
 
     step: int
     folder: Path
@@ -88,9 +88,7 @@ class _Save:
     still_since: float = 0.0
     writer: ShardWriter | None = None
     copied: "Future[None] | None" = None
-    written: "Future[bytes] | None" = (
-        None  # pickled by the thread: thousands of entries, which training need not wait for
-    )
+    written: "Future[bytes] | None" = None
     published: "Future[tuple[float, int]] | None" = None
 
     @property

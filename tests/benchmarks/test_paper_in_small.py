@@ -17,10 +17,12 @@ import zstandard
 
 from benchmarks.paper_in_small.claims import findings
 from benchmarks.paper_in_small.corpus import Part, collect
-from benchmarks.paper_in_small.document import document, read_speed, write_document
+from benchmarks.paper_in_small.document import document, picture_path, read_speed, write_document
+from benchmarks.paper_in_small.pictures import PICTURES
 from benchmarks.paper_in_small.results import Result, loss, read_results
 from benchmarks.paper_in_small.study import HERE, PlannedRun, read_study
 from dsmoe_megatron.errors import EnvironmentNotSupportedError
+from tests.requirements import lacks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,7 +68,9 @@ def test_the_study_is_made_whole_though_it_was_stopped(tmp_path: Path) -> None:
 def test_the_document_is_that_of_the_results() -> None:
     study = read_study(HERE / "study.yaml")
 
-    expected = list(document(study, read_results(HERE / "results", study), read_speed(HERE / "results")))
+    pictures = [name for name in PICTURES if picture_path(ROOT / "docs", name).is_file()]
+
+    expected = list(document(study, read_results(HERE / "results", study), read_speed(HERE / "results"), pictures))
 
     assert (ROOT / "docs" / "paper_in_small.md").read_text(encoding="utf-8") == "\n".join(expected), (
         "run python -m benchmarks.paper_in_small.document"
@@ -126,8 +130,9 @@ def make_package(folder: Path, files: dict[str, bytes]) -> None:
     subprocess.run(["dpkg-deb", "--build", root, folder / "tale_1_all.deb"], check=True, capture_output=True)
 
 
-@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="there is no dpkg-deb: not a Debian system")
 def test_the_corpus_is_read_out_of_packages(tmp_path: Path) -> None:
+    if shutil.which("dpkg-deb") is None:
+        lacks("there is no dpkg-deb: not a Debian system")
     prose = {number: f"Chapter {number}. " + f"It was night number {number}. " * 20 for number in range(40)}
     files = {f"usr/share/doc/tale/{number}.txt": text.encode() for number, text in prose.items()}
     files["usr/share/doc/tale/copy.txt"] = prose[3].encode()
