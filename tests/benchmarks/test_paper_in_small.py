@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 import zstandard
 
 from benchmarks.paper_in_small.claims import findings
@@ -27,32 +29,47 @@ from tests.requirements import lacks
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(folder: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "benchmarks.paper_in_small", "--study", str(HERE / "smoke.yaml")]
+def start(study: Path, folder: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "benchmarks.paper_in_small", "--study", str(study)]
     command += ["--folder", str(folder), "--results", str(folder / "results"), "--processes", "2"]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def steps_of(run_dir: Path) -> list[int]:
+    """Whole lines of a run's metrics that a step has left."""
+    path = run_dir / "metrics.jsonl"
+    texts = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    lines = [json.loads(text) for text in texts if text.endswith("\n")]
+    return [line["step"] for line in lines if "lm_loss" in line]
+
+
 def test_the_study_is_made_whole_though_it_was_stopped(tmp_path: Path) -> None:
-    first = start(tmp_path)
-    assert first.stdout is not None
-    for line in first.stdout:
-        if "dense_4m_seed_1: training" in line:
-            break
+    content = yaml.safe_load((HERE / "smoke.yaml").read_text(encoding="utf-8"))
+    steps = {"dense_4m": 80}  # long enough to be stopped in
+    content["runs"][0]["overrides"] = {"train.steps": steps["dense_4m"], "checkpoint.interval": 1000}
+    plan = tmp_path / "study.yaml"
+    plan.write_text(yaml.safe_dump(content))
+    stopped_run = tmp_path / "runs" / "dense_4m_seed_1"
+    first = start(plan, tmp_path)
+    while len(steps_of(stopped_run)) < 2:
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.01)
     first.send_signal(signal.SIGTERM)
     left = first.communicate(timeout=120)[0]
     assert first.returncode == 1, left
     assert "the same command goes on" in left
+    assert 2 <= len(steps_of(stopped_run)) < steps["dense_4m"]
 
-    second = start(tmp_path)
+    second = start(plan, tmp_path)
     output = second.communicate(timeout=400)[0]
 
     assert second.returncode == 0, output
-    study = read_study(HERE / "smoke.yaml")
+    study = read_study(plan)
     results = read_results(tmp_path / "results", study)
     assert [result.run for result in results] == study.runs
     assert [result.failure for result in results] == [None] * len(results)
-    assert [len(result.training) for result in results] == [4] * len(results)  # no step twice, none missing
+    for result in results:  # no step twice, none missing
+        assert [line["step"] for line in result.training] == list(range(1, 1 + steps.get(result.run.entry, 4)))
     for result in results:
         assert result.evaluation is not None
         by_data = {Path(name).name: value for name, value in result.as_trained["loss_by_data"].items()}

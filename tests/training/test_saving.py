@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from checkpoints_tools.checkpoint_equality import find_differences
+from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
 from dsmoe_megatron.checkpoint_manifest import read_manifest
 from dsmoe_megatron.config import Config
 from dsmoe_megatron.errors import CheckpointError
@@ -110,6 +111,47 @@ def test_an_update_waits_until_everything_is_copied(worker_pool: WorkerPool, tmp
 
     first, second = (folder / "checkpoints" / "step_00000001" for folder in folders)
     assert list(find_differences(first, second)) == []
+
+
+def first_saves_job(config: Config, one_saver: Path, a_saver_each: Path) -> None:
+    """Save before the first update and after each of two, by one saver, and by a new one each time."""
+    import torch
+    from megatron.core import parallel_state
+
+    from dsmoe_megatron.run_folder import Progress
+    from dsmoe_megatron.runtime.distributed import model_parallel_groups
+    from dsmoe_megatron.training.engines.megatron import MegatronEngine
+    from dsmoe_megatron.training.saving import CheckpointSaver
+
+    config.checkpoint.asynchronous, config.checkpoint.keep_last = False, 0
+    with model_parallel_groups(config.parallel, config.train.seed):
+        engine = MegatronEngine(config, torch.device("cpu"))
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        saver = CheckpointSaver(engine, config, one_saver, print)
+        for step in range(3):
+            if step:
+                engine.train_step(micro_batches(config, step, rank, ranks))
+            for each in (saver, CheckpointSaver(engine, config, a_saver_each, print)):
+                each.start(Progress(step=step))
+                each.finish()
+
+
+def test_a_plan_that_serves_many_saves_is_made_anew_when_the_state_grows(
+    worker_pool: WorkerPool, tmp_path: Path
+) -> None:
+    folders = [tmp_path / name for name in ("one_saver", "a_saver_each")]
+    for folder in folders:
+        folder.mkdir()
+
+    worker_pool.run(2, first_saves_job, tiny_config(), *folders)
+
+    for step in range(3):
+        first, second = (folder / "checkpoints" / f"step_{step:08d}" for folder in folders)
+        assert list(find_differences(first, second)) == []
+    names = [
+        set(DistributedCheckpoint(folders[0] / "checkpoints" / f"step_{step:08d}").tensor_shapes) for step in (0, 1)
+    ]
+    assert names[0] < names[1]  # the moments
 
 
 def test_what_a_save_costs_is_told(run_dir: Path) -> None:
