@@ -89,7 +89,7 @@ def claims_table(results: Sequence[Result]) -> list[str]:
             finding.claim,
             finding.measure,
             finding.ratios.text(".3f"),
-            str(len(finding.ratios.values)),
+            f"{len(finding.ratios.values)} of {finding.seeds_needed}",
             f"{finding.limit:g}",
             finding.verdict,
         ]

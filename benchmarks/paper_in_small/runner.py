@@ -2,7 +2,8 @@
 
 What is done is what lies in the results folder, one folder per run: a run folder without its checkpoints, small enough
 for the repository. A run that was stopped goes on from its own newest checkpoint. One that ended with an error of its
-own (a loss that is not finite, say) is kept as it ended, with the error, and not tried again.
+own (a loss that is not finite, say) is kept as it ended, with the error, and not tried again until its results are
+removed.
 """
 
 import contextlib
@@ -107,6 +108,7 @@ class Runner:
     def _next_stage(self, run: PlannedRun) -> Worker:
         run_dir = self.run_dirs / run.name
         run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / FAILURE).unlink(missing_ok=True)  # of an earlier try, whose results were removed
         is_trained = "training" in _finished_stages(run_dir)
         stage = "evaluation" if is_trained else "training"
         if is_trained:
@@ -135,7 +137,8 @@ class Runner:
         if cost["exit_status"] > 0 and not stopped:
             lines = (run_dir / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
             write_whole(run_dir / FAILURE, f"{worker.stage}: {lines[-1] if lines else 'no output'}\n".encode())
-            tqdm.write(f"{worker.run.name}: {worker.stage} failed: {lines[-1] if lines else ''}")
+            tqdm.write(f"{worker.run.name}: {worker.stage} failed: {lines[-1] if lines else 'no output'}")
+            tqdm.write(f"remove {self.results / worker.run.name} to have it tried again")
         elif worker.stage != "evaluation" or not finished:
             return False
         self._keep(run_dir)
