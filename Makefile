@@ -71,7 +71,8 @@ clean:
 $(VENV)/bin/python $(VLLM_VENV)/bin/python:
 	@for python in $(PYTHON); do \
 	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null; then \
-	    exec "$$python" -m venv $(@:/bin/python=); \
+	    "$$python" -m venv $(@:/bin/python=) && exit; \
+	    rm -rf $(@:/bin/python=); exit 1; \
 	  fi; \
 	done; \
 	echo "error: none of [$(PYTHON)] is Python 3.10 or later; say make PYTHON=/path/to/python" >&2; exit 1

@@ -71,6 +71,9 @@ def collect(folder: WorkFolder) -> FinishedRun:
         for segment in segments:
             run.counts.add(segment.counts, SHOWN_COMPLAINTS)
     for number, source in enumerate(run.plan["manifest"]["sources"]):
+        skipped = run.counts.skipped.get(number, Counter())
+        if source["kind"] == "compressed" and skipped["damaged_file"]:
+            skipped["damaged_file"] = 1  # every part behind the damage has met it
         run.counts.skip(number, source["left_out"])
     return run
 
@@ -237,14 +240,20 @@ def _results(name: str, run: FinishedRun, files: dict[str, Any]) -> dict[str, An
         "text_bytes": sum(segment.sets[name].text_bytes for segment in run.segments if name in segment.sets),
         "dtype": run.plan["dtype"],
         "set": name or None,
+        "all_sets": [each for each in run.sets() if each],
         "encoder": run.plan["encoder"],
         "skipped": dict(sum((Counter(source["skipped"]) for source in sources), Counter[str]())),
         "malformed_first": run.counts.complaints,
-        "invalid_utf8_replaced": run.counts.invalid_utf8,
-        "long_documents_split": run.counts.split,
+        "invalid_utf8_replaced": _of_set(run.counts.invalid_utf8, name),
+        "long_documents_split": _of_set(run.counts.split, name),
         "files": files,
         "sources": sources,
     }
+
+
+def _of_set(counts: Counter[str], name: str) -> int:
+    """What one dataset has of a count by set: all of it where there is only one."""
+    return counts[name] if name else counts.total()
 
 
 def source_digest(digests: list[str | None]) -> str | None:

@@ -95,8 +95,8 @@ class Documents:
         names: of the files that they are, else "".
         sets: names of their sets, where they are asked for.
         skipped: documents left out, by reason.
-        invalid_utf8: documents whose invalid bytes were replaced by U+FFFD.
-        split: parts that long documents were cut into, above one each.
+        invalid_utf8: documents whose invalid bytes were replaced by U+FFFD, by set.
+        split: parts that long documents were cut into, above one each, by set.
         complaints: "place: what is wrong" of each malformed record.
     """
 
@@ -104,8 +104,8 @@ class Documents:
     names: list[str] = field(default_factory=list)
     sets: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
-    invalid_utf8: int = 0
-    split: int = 0
+    invalid_utf8: Counter[str] = field(default_factory=Counter)
+    split: Counter[str] = field(default_factory=Counter)
     complaints: list[str] = field(default_factory=list)
 
 
@@ -198,8 +198,9 @@ def _keep(
             found.skipped["too_long"] += 1
             return
         parts = list(split_text(text, rules.max_document_bytes))
-        found.split += len(parts) - 1
-    found.invalid_utf8 += replaced
+        found.split[set_name] += len(parts) - 1
+    if replaced:
+        found.invalid_utf8[set_name] += 1
     found.texts += parts
     found.names += [name] * len(parts)
     found.sets += [set_name] * len(parts)

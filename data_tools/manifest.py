@@ -1,6 +1,6 @@
 """PREFIX.manifest.json: what a dataset holds and what it was made from. Written last, it vouches for the other files.
 
-{"format": 1, "documents", "tokens", "text_bytes", "dtype", "set": name or null,
+{"format": 1, "documents", "tokens", "text_bytes", "dtype", "set": name or null, "all_sets": [name of each of the run],
  "tokenizer": {"spec", "kind", "vocab_size", "fingerprint", "end_of_document_id"}, "encoder": gigatoken | reference,
  "files": {"bin": {"bytes", "sha256"}, "idx": {"bytes", "sha256"}, "paths.jsonl": where a source is a folder},
  "sources": [{"path", "kind", "files", "bytes", "state", "sha256", "left_out", "documents", "skipped": {reason: n}}],

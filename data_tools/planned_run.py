@@ -74,14 +74,20 @@ class PlannedRun:
         if self.rules.one_dataset_per_set:
             if self.folder.plan_path.exists():
                 return []
-            paths = sorted(glob.glob(f"{glob.escape(self.prefix)}_*{MANIFEST_ENDING}"))  # noqa: PTH207  # prefix and pattern
-            found = [read_manifest(path.removesuffix(MANIFEST_ENDING)) for path in paths]
-            return [manifest for manifest in found if not different_parts(self.manifest, manifest)]
+            return self._existing_sets()
         manifest = existing_manifest(self.prefix, self.manifest)
         if manifest is None:
             return []
         self._remove_leftovers()
         return [manifest]
+
+    def _existing_sets(self) -> list[dict[str, Any]]:
+        paths = sorted(glob.glob(f"{glob.escape(self.prefix)}_*{MANIFEST_ENDING}"))  # noqa: PTH207  # prefix and pattern
+        prefixes = [path.removesuffix(MANIFEST_ENDING) for path in paths]
+        ours = [prefix for prefix in prefixes if not different_parts(self.manifest, read_manifest(prefix))]
+        found = [manifest for prefix in ours if (manifest := existing_manifest(prefix, self.manifest)) is not None]
+        is_whole = bool(found) and {manifest["set"] for manifest in found} == set(found[0]["all_sets"])
+        return found if is_whole else []
 
     def _remove_leftovers(self) -> None:
         """Remove what a run of this plan left that was stopped after its last file, unless it is another's work."""

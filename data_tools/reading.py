@@ -18,6 +18,7 @@ from dsmoe_megatron.errors import DataError
 
 CHUNK_BYTES = 1 << 20
 PLAIN_READ_BYTES = 1 << 20
+ZSTD_MAX_WINDOW_BYTES = 1 << 31  # of `zstd --long=31`; the library's own limit is 128 MiB
 ROWS_PER_BATCH = 256
 HUB_RECORDS_PER_CHUNK = 256
 
@@ -219,7 +220,7 @@ def _decompressor(path: str) -> Any:
         return zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
     import zstandard
 
-    return zstandard.ZstdDecompressor().decompressobj()
+    return zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW_BYTES).decompressobj()
 
 
 def _read_tree(piece: Piece, digest: Digest) -> Iterator[Chunk]:

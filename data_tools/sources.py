@@ -11,7 +11,7 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -104,6 +104,7 @@ def find_sources(
     """
     wanted = frozenset(extension.lower() for extension in extensions)
     found: dict[str, Source] = {}
+    taken: set[str] = set()  # real paths of files
     for pattern in patterns:
         if pattern.startswith(HUB) and REMOTE not in pattern:
             found.setdefault(pattern, _hub_source(pattern))
@@ -114,8 +115,10 @@ def find_sources(
             for path in _local_paths(pattern):
                 # a file reached over a link is the same file, and a loop of links reaches it again and again
                 real = os.path.realpath(path)
-                if real not in found:
-                    found[real] = _local_source(path, wanted, max_file_bytes)
+                if real not in found and real not in taken:
+                    found[real] = source = _local_source(path, wanted, max_file_bytes, taken)
+                    # of a folder's files none is reached over a link
+                    taken.update([real] if source.kind != "tree" else (f"{real}/{file}" for file in source.files))
     return list(found.values())
 
 
@@ -158,10 +161,10 @@ def _folders_below(start: str) -> Iterator[str]:
         yield "" if not start and place == "." else f"{place.removeprefix('' if start else './').rstrip('/')}/"
 
 
-def _local_source(path: str, extensions: frozenset[str], max_file_bytes: int) -> Source:
+def _local_source(path: str, extensions: frozenset[str], max_file_bytes: int, taken: Set[str]) -> Source:
     try:
         if Path(path).is_dir():
-            return _tree_source(path, extensions, max_file_bytes)
+            return _tree_source(path, extensions, max_file_bytes, taken)
         status = Path(path).stat()
     except OSError as error:
         raise DataError(f"--input {error.filename or path}: {error.strerror or error}") from error
@@ -179,22 +182,26 @@ def _file_source(path: str, size: int, state: str) -> Source:
     )
 
 
-def _tree_source(folder: str, extensions: frozenset[str], max_file_bytes: int) -> Source:
-    """The regular files of a folder, sorted; hidden folders (.git) are not entered, links not followed."""
+def _tree_source(folder: str, extensions: frozenset[str], max_file_bytes: int, taken: Set[str]) -> Source:
+    """The regular files of a folder, sorted; hidden folders (.git) are not entered, links not followed. `taken`: real
+    paths of files that other sources hold."""
+    real = os.path.realpath(folder)
     kept: list[tuple[str, int, int]] = []
     left_out: Counter[str] = Counter()
     for place, folders, names in os.walk(folder, onerror=_refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(place, name) for name in sorted(names)):
-            status = path.lstat()
+            status, inside = path.lstat(), path.relative_to(folder).as_posix()
             if path.suffix.lower() not in extensions:
                 left_out["other_extension"] += 1
             elif not stat.S_ISREG(status.st_mode):
                 left_out["not_regular"] += 1
             elif status.st_size > max_file_bytes:
                 left_out["too_large"] += 1
+            elif f"{real}/{inside}" in taken:
+                left_out["reached_before"] += 1
             else:
-                kept.append((path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns))
+                kept.append((inside, status.st_size, status.st_mtime_ns))
     files, sizes = tuple(name for name, _, _ in kept), tuple(size for _, size, _ in kept)
     return Source(folder, "tree", files, sizes, dict(left_out), _state(kept))
 

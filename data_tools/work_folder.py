@@ -61,14 +61,14 @@ class Counts:
 
     Args:
         skipped: records left out, by source and reason.
-        invalid_utf8: documents whose invalid bytes were replaced.
-        split: parts that long documents were cut into, above one each.
+        invalid_utf8: documents whose invalid bytes were replaced, by set.
+        split: parts that long documents were cut into, above one each, by set.
         complaints: the first malformed records, "place: what is wrong".
     """
 
     skipped: dict[int, Counter[str]] = field(default_factory=dict)
-    invalid_utf8: int = 0
-    split: int = 0
+    invalid_utf8: Counter[str] = field(default_factory=Counter)
+    split: Counter[str] = field(default_factory=Counter)
     complaints: list[str] = field(default_factory=list)
 
     def skip(self, source: int, reasons: dict[str, int]) -> None:
@@ -79,9 +79,10 @@ class Counts:
         """Take in what followed; of the complaints only so many are kept."""
         for source, reasons in other.skipped.items():
             self.skip(source, reasons)
-        self.invalid_utf8 += other.invalid_utf8
-        self.split += other.split
-        self.complaints += other.complaints[: max(0, complaints - len(self.complaints))]
+        self.invalid_utf8.update(other.invalid_utf8)
+        self.split.update(other.split)
+        new = [complaint for complaint in other.complaints if complaint not in self.complaints]
+        self.complaints += new[: max(0, complaints - len(self.complaints))]
 
     @property
     def all_skipped(self) -> Counter[str]:
@@ -232,6 +233,7 @@ class TaskFolder:
             return None
         counts = record["counts"]
         skipped = {int(source): Counter(reasons) for source, reasons in counts["skipped"].items()}
+        by_set = {name: Counter(counts[name]) for name in ("invalid_utf8", "split")}
         return Segment(
             path,
             record["first"],
@@ -240,7 +242,7 @@ class TaskFolder:
             record["finished"],
             record["digests"],
             {name: _read_extent(extent) for name, extent in record["sets"].items()},
-            Counts(**counts | {"skipped": skipped}),
+            Counts(**counts | by_set | {"skipped": skipped}),
         )
 
     def write_segment(

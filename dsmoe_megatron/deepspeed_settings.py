@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from dsmoe_megatron.config import Config
 from dsmoe_megatron.errors import ConfigurationError
 
-INSTALL = "pip install 'dsmoe-megatron[train,deepspeed]'"
+INSTALL = "pip install '.[train,deepspeed]'"
 KEY = "engine.deepspeed_config"
 LARGEST_BUCKET = 50_000_000  # values that are reduced or gathered at once
 

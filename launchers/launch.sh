@@ -23,7 +23,7 @@ esac
 
 is_batch_job=""
 # sbatch sets ENVIRONMENT, salloc does not; a check trains nothing that could go on
-if [[ -n ${SLURM_JOB_ID:-} && ${ENVIRONMENT:-} == BATCH && " $* " != *" --check"* ]]; then
+if [[ -n ${SLURM_JOB_ID:-} && ${ENVIRONMENT:-} == BATCH && ! " $* " =~ " --check"[\ =] ]]; then
   is_batch_job=yes
   # shellcheck source=launchers/batch_job.sh
   source "$root/launchers/batch_job.sh"

@@ -20,15 +20,15 @@ set -euo pipefail
 recipe=dsmoe_3b
 # sbatch runs a copy of this file from the node's spool: $0 is then not in the repository
 places=("$(dirname "$0")/..")
+if [[ -n ${SLURM_JOB_ID:-} ]]; then
+  job=$(scontrol show job "$SLURM_JOB_ID" 2> /dev/null || true)
+  if [[ $job =~ Command=([^[:cntrl:]]*)/launchers/pretrain_ ]]; then places+=("${BASH_REMATCH[1]}"); fi
+fi
 directory=${SLURM_SUBMIT_DIR:-}
 while [[ $directory == */* ]]; do
   places+=("$directory")
   directory=${directory%/*}
 done
-if [[ -n ${SLURM_JOB_ID:-} ]]; then
-  job=$(scontrol show job "$SLURM_JOB_ID" 2> /dev/null || true)
-  if [[ $job =~ Command=([^[:cntrl:]]*)/launchers/pretrain_ ]]; then places+=("${BASH_REMATCH[1]}"); fi
-fi
 if [[ -n ${DSMOE_ROOT:-} ]]; then places=("$DSMOE_ROOT"); fi
 for place in "${places[@]}"; do
   if [[ -f $place/launchers/launch.sh ]]; then exec bash "$place/launchers/launch.sh" "$recipe" "$@"; fi

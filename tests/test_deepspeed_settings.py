@@ -151,5 +151,5 @@ def test_a_missing_deepspeed_is_said_with_what_to_install(monkeypatch: pytest.Mo
     with pytest.raises(ConfigurationError) as caught:
         require_deepspeed(recipe())
 
-    expected = "engine.name = 'deepspeed': DeepSpeed is not installed: pip install 'dsmoe-megatron[train,deepspeed]'"
+    expected = "engine.name = 'deepspeed': DeepSpeed is not installed: pip install '.[train,deepspeed]'"
     assert str(caught.value) == expected

@@ -49,7 +49,7 @@ def evaluate_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        message = f"--tasks needs lm-evaluation-harness ({error.name} is missing): pip install 'dsmoe-megatron[eval]'"
+        message = f"--tasks needs lm-evaluation-harness ({error.name} is missing): pip install '.[eval]'"
         raise EnvironmentNotSupportedError(message) from None
 
     files = [Path(task) for task in tasks if task.endswith(YAML_ENDINGS)]

@@ -311,7 +311,7 @@ def draw(estimate: Estimate, picture: str) -> None:
     try:
         import matplotlib
     except ImportError:
-        message = "--picture needs matplotlib: pip install 'dsmoe-megatron[estimate]'"
+        message = "--picture needs matplotlib: pip install '.[estimate]'"
         raise EnvironmentNotSupportedError(message) from None
     from matplotlib.figure import Figure
 

@@ -36,7 +36,7 @@ def report(arguments: Sequence[str], program: str = "dsmoe-megatron report") -> 
     """
     options = build_parser(program).parse_args(arguments)
     if importlib.util.find_spec("matplotlib") is None:
-        raise EnvironmentNotSupportedError("report needs matplotlib: pip install 'dsmoe-megatron[report]'")
+        raise EnvironmentNotSupportedError("report needs matplotlib: pip install '.[report]'")
     check_output(options.output, "--output")
     runs = read_runs(options.runs, options.evaluation)
 

@@ -154,7 +154,7 @@ def test_what_is_no_utf8_is_treated_as_asked(
     found = extract_documents(chunk, DocumentRules(invalid_utf8=policy))  # type: ignore[arg-type]
 
     assert found.texts == expected
-    assert (dict(found.skipped), found.invalid_utf8) == counts
+    assert (dict(found.skipped), found.invalid_utf8.total()) == counts
     with pytest.raises(DataError, match=r"in\.jsonl:1: not valid UTF-8: mend it, or see --invalid-utf8"):
         extract_documents(chunk, DocumentRules(invalid_utf8="stop"))
 

@@ -62,6 +62,38 @@ def test_each_set_becomes_a_dataset(pile: list[tuple[str, str]], tokenizer_spec:
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("data_*")} == written
 
 
+def test_a_lost_set_is_made_again_and_a_cut_one_said(
+    pile: list[tuple[str, str]], tokenizer_spec: str, tmp_path: Path
+) -> None:
+    rules, lost = DocumentRules(one_dataset_per_set=True), FOLDER_OF_SET[SETS[1]]
+    arguments = ([str(tmp_path / "pile.jsonl")], str(tmp_path / "data"), tokenizer_spec, 1, rules)
+    preprocess(*arguments)
+    for path in tmp_path.glob(f"{lost}.*"):
+        path.unlink()
+
+    again = preprocess(*arguments)
+
+    assert {manifest["set"] for manifest in again} == set(SETS)
+    assert texts_of(tmp_path / lost, tokenizer_spec) == [text for name, text in pile if name == SETS[1]]
+    (tmp_path / f"{lost}.bin").write_bytes(b"")
+    with pytest.raises(DataError, match=rf"{lost}\.bin is not the \d+ bytes that"):
+        preprocess(*arguments)
+
+
+def test_each_set_counts_what_was_done_to_its_own_documents(tokenizer_spec: str, tmp_path: Path) -> None:
+    lines = [
+        '{"text": "half \\ud83d pair", "meta": {"pile_set_name": "Github"}}',
+        json.dumps({"text": "a line\n" * 100, "meta": {"pile_set_name": "ArXiv"}}),
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    rules = DocumentRules(one_dataset_per_set=True, max_document_bytes=300)
+
+    manifests = preprocess([str(tmp_path / "in.jsonl")], str(tmp_path / "data"), tokenizer_spec, rules=rules)
+
+    counts = {made["set"]: (made["invalid_utf8_replaced"], made["long_documents_split"]) for made in manifests}
+    assert counts == {"Github": (1, 0), "ArXiv": (0, 2)}
+
+
 def test_some_sets_become_one_dataset(pile: list[tuple[str, str]], tokenizer_spec: str, tmp_path: Path) -> None:
     wanted = ("Github", "Pile-CC")
     rules = DocumentRules(sets=wanted)

@@ -88,6 +88,33 @@ def test_patterns_keep_their_order_and_name_each_file_once(tokenizer_spec: str, 
     assert documents == expected_documents(["document c", "document a", "document b"], tokenizer_spec)
 
 
+def test_a_file_below_two_folders_is_read_once(tokenizer_spec: str, tmp_path: Path) -> None:
+    for name in ("outer/one.py", "outer/inner/two.py", "outer/inner/deep/three.py"):
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# {path.stem}\n")
+    tree = tmp_path / "tree" / "outer"
+    (tmp_path / "link").symlink_to(tree / "inner")
+    inputs = [tree / "inner" / "deep", tree, tmp_path / "link", f"{tree}/**/"]
+
+    documents, manifest = run(tmp_path, inputs, tokenizer_spec)
+
+    assert documents == expected_documents(["# three\n", "# one\n", "# two\n"], tokenizer_spec)
+    assert manifest["sources"][1]["skipped"] == {"reached_before": 1}
+
+
+def test_windows_of_any_size_are_unpacked(tokenizer_spec: str, tmp_path: Path) -> None:
+    longest = zstandard.ZstdCompressionParameters.from_level(3, window_log=31)
+    pack = zstandard.ZstdCompressor(
+        compression_params=longest
+    ).compressobj()  # of unknown size: `zstd --long=31` on a pipe
+    (tmp_path / "in.jsonl.zst").write_bytes(pack.compress(jsonl(["a document"])) + pack.flush())
+
+    documents, _ = run(tmp_path, [tmp_path / "in.jsonl.zst"], tokenizer_spec)
+
+    assert documents == expected_documents(["a document"], tokenizer_spec)
+
+
 def test_source_tree_takes_text_files_of_the_extensions_in_sorted_order(tokenizer_spec: str, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     files = {
@@ -206,6 +233,23 @@ def test_cut_and_damaged_compressed_files_are_errors(suffix: str, tokenizer_spec
         assert message in manifest["malformed_first"][0]
         for file in tmp_path.glob("data.v1.*"):
             file.unlink()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_damaged_file_is_counted_once_for_any_number_of_workers(
+    workers: int, tokenizer_spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_tools.sources.SMALLEST_TASK", 1 << 16)  # parts of this size
+    texts = [hashlib.sha256(bytes(i)).hexdigest() for i in range(10_000)]
+    whole = bytearray(gzip.compress(jsonl(texts)))
+    whole[70_000] ^= 0xFF
+    (tmp_path / "in.jsonl.gz").write_bytes(whole)
+    rules = DocumentRules(damaged_files="keep-readable")
+
+    _, manifest = run(tmp_path, [tmp_path / "in.jsonl.gz"], tokenizer_spec, rules, workers=workers, max_malformed=0.5)
+
+    assert manifest["skipped"]["damaged_file"] == 1
+    assert len(set(manifest["malformed_first"])) == len(manifest["malformed_first"])
 
 
 def test_inputs_that_give_nothing_are_errors(tokenizer_spec: str, tmp_path: Path) -> None:

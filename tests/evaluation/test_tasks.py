@@ -69,7 +69,7 @@ def test_without_the_harness_one_line_says_what_to_install(
 
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "--tasks needs lm-evaluation-harness" in error
-    assert "pip install 'dsmoe-megatron[eval]'" in error
+    assert "pip install '.[eval]'" in error
 
 
 @pytest.mark.skipif(not HARNESS, reason="lm-evaluation-harness is not installed (extra `eval`)")

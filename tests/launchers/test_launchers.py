@@ -87,6 +87,26 @@ def test_sbatch_finds_the_repository_above_the_folder_of_submission(tmp_path: Pa
     assert str(LAUNCHERS / "recipes" / "dsmoe_6b.yaml") in words
 
 
+def test_sbatch_takes_the_repository_of_the_file_not_of_the_folder_of_submission(
+    tmp_path: Path, slurm_commands: Path
+) -> None:
+    other = tmp_path / "other" / "launchers"
+    other.mkdir(parents=True)
+    (other / "launch.sh").write_text("echo the code of another clone\n")
+    spooled = tmp_path / "slurm_script"
+    shutil.copy(LAUNCHERS / "pretrain_3b.sh", spooled)
+
+    words = dry_run(
+        spooled,
+        folder=tmp_path,
+        PATH=f"{slurm_commands}:{os.environ['PATH']}",
+        SLURM_JOB_ID="12345",
+        SLURM_SUBMIT_DIR=str(other),
+    )
+
+    assert str(LAUNCHERS / "recipes" / "dsmoe_3b.yaml") in words
+
+
 def test_sbatch_starts_one_torchrun_on_each_node(tmp_path: Path, slurm_commands: Path) -> None:
     spooled = tmp_path / "slurm_script"
     shutil.copy(LAUNCHERS / "pretrain_3b.sh", spooled)
@@ -135,10 +155,17 @@ def test_the_starts_of_a_batch_job_do_not_meet(tmp_path: Path, slurm_commands: P
 
 
 def test_a_batch_job_of_one_node_has_a_step_too(tmp_path: Path) -> None:
-    words = dry_run(LAUNCHERS / "pretrain_1b.sh", folder=tmp_path, SLURM_JOB_ID="7", ENVIRONMENT="BATCH")
+    options = ("--checkpoint.interval", "200")  # is no --check
+    words = dry_run(LAUNCHERS / "pretrain_1b.sh", *options, folder=tmp_path, SLURM_JOB_ID="7", ENVIRONMENT="BATCH")
 
     assert words[:3] == ["srun", "--nodes", "1"]
     assert "--standalone" in words
+
+
+def test_a_check_in_a_batch_job_is_not_what_the_job_is_for(tmp_path: Path) -> None:
+    words = dry_run(LAUNCHERS / "pretrain_1b.sh", "--check", folder=tmp_path, SLURM_JOB_ID="7", ENVIRONMENT="BATCH")
+
+    assert words[0] == sys.executable
 
 
 def test_the_site_file_sets_interpreter_and_container(tmp_path: Path) -> None:
