@@ -60,6 +60,8 @@ DSMOE_KEYS = (
     "norm_type",
 )
 
+TRAINED_K = "trained_experts_per_tok"  # of a sparse-trained model
+
 # what Qwen2-MoE has besides; with these values it adds nothing
 QWEN2_MOE_KEYS: dict[str, Any] = {
     "norm_topk_prob": False,
@@ -138,6 +140,7 @@ def exported_config(
         own = _qwen2_moe_values(model, policy)
     else:
         own = {key: getattr(model, key) for key in DSMOE_KEYS}
+        own |= {TRAINED_K: _trained_experts_per_tok(model)}
         # norm_topk_prob: readers of mixture-of-experts configurations take its absence for true
         own |= {**dataclasses.asdict(policy), "norm_topk_prob": False}
     values = {**shared, **own}
@@ -145,8 +148,15 @@ def exported_config(
     return {**_config_class(target)(**values).to_diff_dict(), **values, **description}
 
 
+def _trained_experts_per_tok(model: ModelConfig) -> int | None:
+    is_sparse = model.has_mlp_router and model.expert_training == "sparse"
+    return model.num_experts_per_tok if is_sparse else None
+
+
 def _qwen2_moe_values(model: ModelConfig, policy: ExpertPolicy) -> dict[str, Any]:
+    trained = _trained_experts_per_tok(model)
     return {
+        **({} if trained is None else {TRAINED_K: trained}),  # for our own readers; others pass over it
         **QWEN2_MOE_KEYS,
         "num_experts": model.num_experts,
         "num_experts_per_tok": policy.num_experts_per_tok or model.num_experts,

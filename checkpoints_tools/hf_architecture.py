@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from checkpoints_tools.export_formats import DSMOE_KEYS, QWEN2_MOE_KEYS, SHARED_KEYS
+from checkpoints_tools.export_formats import DSMOE_KEYS, QWEN2_MOE_KEYS, SHARED_KEYS, TRAINED_K
 from dsmoe_megatron.config import Config, ModelConfig, RopeParameters, TrainConfig
 from dsmoe_megatron.config_parsing import check_values
 from dsmoe_megatron.config_rules import check_config
@@ -98,6 +98,7 @@ def _of_export(content: Mapping[str, Any], where: str) -> ModelConfig:
         policy["num_experts_per_tok"] = config.num_experts  # what null means there
     if policy["expert_threshold"] is None:
         policy.pop("expert_threshold")  # the policy does not use it
+    policy |= sparse_training(content)
     return _checked(ModelConfig(**values, **policy, rope_parameters=_rope(config, where)), where)
 
 
@@ -120,10 +121,16 @@ def _of_qwen2_moe(content: Mapping[str, Any], where: str) -> ModelConfig:
         num_experts=config.num_experts,
         moe_intermediate_size=config.moe_intermediate_size,
         gated_mlp=True,
-        num_experts_per_tok=config.num_experts_per_tok,
         expert_policy="topk",
+        **{"num_experts_per_tok": config.num_experts_per_tok, **sparse_training(content)},
     )
     return _checked(model, where)
+
+
+def sparse_training(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe says of a model that was trained sparsely, as its export tells; nothing of others."""
+    trained = content.get(TRAINED_K)
+    return {} if trained is None else {"expert_training": "sparse", "num_experts_per_tok": trained}
 
 
 def dense_model_section(config: Any, where: str) -> ModelConfig:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
-from checkpoints_tools.hf_architecture import model_section
+from checkpoints_tools.hf_architecture import model_section, sparse_training
 from checkpoints_tools.safetensors_folder import AsMegatron, SafetensorsFolder
 from dsmoe_megatron.config import ModelConfig
 from dsmoe_megatron.config_parsing import load_config
@@ -127,12 +127,9 @@ def _load_step(step_folder: Path, dtype: torch.dtype | None) -> LoadedModel:
     if architecture.vocab_size is None:
         raise ConfigurationError("model.vocab_size", None, f"{step_folder / 'config.yaml'} is not a resolved recipe")
     tensors = _read_tensors(step_folder, architecture, architecture.vocab_size)
-    trained_sparse = architecture.has_mlp_router and architecture.expert_training == "sparse"
     has_routers = architecture.has_mlp_router or architecture.has_attention_router
-    reference = default = ExpertPolicy()
-    if trained_sparse:
-        reference = default = ExpertPolicy("topk", num_experts_per_tok=architecture.num_experts_per_tok)
-    elif has_routers:
+    reference = default = _reference_policy(architecture)
+    if reference.expert_policy == "dense" and has_routers:
         default = ExpertPolicy.from_config(architecture)
     check_policy(default, architecture)
     return LoadedModel(
@@ -146,6 +143,13 @@ def _load_step(step_folder: Path, dtype: torch.dtype | None) -> LoadedModel:
         separate_documents=recipe.data.separate_documents,
         step=progress.step,
     )
+
+
+def _reference_policy(architecture: ModelConfig) -> ExpertPolicy:
+    """As the model was trained."""
+    if architecture.has_mlp_router and architecture.expert_training == "sparse":
+        return ExpertPolicy("topk", num_experts_per_tok=architecture.num_experts_per_tok)
+    return ExpertPolicy()
 
 
 def _read_tensors(step_folder: Path, architecture: ModelConfig, vocab_size: int) -> dict[str, Tensor]:
@@ -185,10 +189,10 @@ def _load_export(folder: Path, dtype: torch.dtype | None) -> LoadedModel:
     default = ExpertPolicy()
     if model_type == "qwen2_moe":
         model, architecture = _read_qwen2_moe(folder, values, dtype)
-        default = ExpertPolicy.from_config(architecture)
+        default = ExpertPolicy("topk", num_experts_per_tok=values["num_experts_per_tok"])
     elif model_type in (classes := {"dsmoe": DSMoEForCausalLM, "llama": LlamaForCausalLM}):
         model = _read_export(folder, classes[model_type], dtype)
-        architecture = _architecture_of(model.config)
+        architecture = dataclasses.replace(_architecture_of(model.config), **sparse_training(values))
         if model_type == "dsmoe":
             default = ExpertPolicy.from_config(model.config)
     else:
@@ -199,7 +203,7 @@ def _load_export(folder: Path, dtype: torch.dtype | None) -> LoadedModel:
         architecture,
         str(folder),
         fingerprint_counts=False,
-        reference_policy=ExpertPolicy(),
+        reference_policy=_reference_policy(architecture),
         default_policy=default,
         sequence_length=architecture.max_position_embeddings,
     )

@@ -75,6 +75,8 @@ class DSMoEConfig(PreTrainedConfig):
     """Standard deviation of initial weights."""
     norm_topk_prob: bool = False
     """Always false: scores are not renormalised over the active experts."""
+    trained_experts_per_tok: int | None = None
+    """K that a sparse-trained model was trained with; null: densely trained, every expert on every token."""
 
     expert_policy: str = "dense"
     """How experts are chosen: dense, topk, threshold, or (evaluation only) threshold_topk."""

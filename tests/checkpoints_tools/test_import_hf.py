@@ -125,7 +125,7 @@ def test_export_then_import_gives_a_trained_checkpoint_back(
     worker_pool.run(2, pretrain_job, config)
     export(tmp_path / "run", tmp_path / "export")
 
-    # whether the experts were trained sparsely is not to be seen in an export
+    # how it is to be trained on is not to be seen in an export
     import_model(tmp_path / "export", tmp_path / "step", [tmp_path / "run" / "config.yaml"])
 
     trained, imported = (

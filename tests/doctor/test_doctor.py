@@ -160,6 +160,19 @@ def test_what_is_lacking_is_the_reason(change: dict[str, Any], reason: str) -> N
     assert reason in reasons(dataclasses.replace(WITH_ENGINE, **change), "dsmoe_6b")
 
 
+def test_memory_is_judged_only_where_it_is_known() -> None:
+    small = dataclasses.replace(
+        WITH_ENGINE, device_memory=16_000_000_000, libraries={**WITH_ENGINE.libraries, "deepspeed": "0.19.2"}
+    )
+    config = load_config(RECIPES / "dsmoe_6b.yaml")
+    config.parallel.overlap = False
+    config.engine.name = "deepspeed"
+
+    assert "16 GB" in "; ".join(reasons_against(small, config))
+    config.engine.zero_stage = 3
+    assert reasons_against(small, config) == []
+
+
 def test_the_exit_code_says_whether_all_recipes_can_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["doctor", "--config", str(RECIPES / "quickstart.yaml")]) == 0
     huge = tmp_path / "huge.yaml"

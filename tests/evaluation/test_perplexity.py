@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from checkpoints_tools.export_formats import Format
 from checkpoints_tools.export_hf import export as export_run
 from dsmoe_megatron.__main__ import main
 from dsmoe_megatron.config import DatasetSource
@@ -187,19 +188,25 @@ def test_a_sparse_trained_baseline_takes_other_numbers_of_experts(
     assert result["policies"]["topk 1"]["loss"] != pytest.approx(result["policies"]["topk 2"]["loss"], rel=1e-4)
 
 
-def test_an_export_as_qwen2_moe_is_evaluated_as_the_run_is(
-    sparse_trained_run: Path, small_data: SmallData, capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize("form", ["auto", "qwen2_moe"])
+def test_an_export_of_a_sparse_trained_baseline_is_evaluated_as_the_run_is(
+    sparse_trained_run: Path, small_data: SmallData, capsys: pytest.CaptureFixture[str], tmp_path: Path, form: Format
 ) -> None:
-    policy = {"expert_policy": "topk", "num_experts_per_tok": 2}
-    export_run(sparse_trained_run, tmp_path / "qwen", policy, wanted_format="qwen2_moe")
+    policy = {"expert_policy": "topk", "num_experts_per_tok": 3}  # other than it was trained with
+    export_run(sparse_trained_run, tmp_path / "export", policy, wanted_format=form)
     data = ["--data", small_data.validation, "--max-tokens", 2000, "--sequence-length", 32]
 
-    result = evaluate(capsys, "--checkpoint", tmp_path / "qwen", *data, "--top-k", 2, 4)
+    result = evaluate(capsys, "--checkpoint", tmp_path / "export", *data)
 
-    expected = evaluate(capsys, "--checkpoint", sparse_trained_run, *data)
-    assert list(result["policies"]) == ["dense", "topk 2", "topk 4"]
-    for name in ("loss", "perplexity", "active_share", "scored_tokens"):
-        assert result["policies"]["topk 2"][name] == pytest.approx(expected["policies"]["topk 2"][name], rel=1e-5)
+    expected = evaluate(capsys, "--checkpoint", sparse_trained_run, *data, "--top-k", 3)
+    assert list(result["policies"]) == ["topk 2", "topk 3"] == list(expected["policies"])
+    for policy_name, figures in expected["policies"].items():
+        for name in ("loss", "perplexity", "active_share", "scored_tokens"):
+            assert result["policies"][policy_name][name] == pytest.approx(figures[name], rel=1e-5)
+    with pytest.raises(SystemExit):
+        arguments = [str(word) for word in ("--checkpoint", tmp_path / "export", *data, "--thresholds", 1)]
+        main(["evaluate", *arguments])
+    assert "a sparse-trained model chooses experts as it was trained, by topk" in capsys.readouterr().err
 
 
 def test_bf16_stays_near_float32(export: Export, capsys: pytest.CaptureFixture[str]) -> None:
