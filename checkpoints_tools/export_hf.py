@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from dsmoe_megatron.config import ModelConfig
 from dsmoe_megatron.config_parsing import load_config
 from dsmoe_megatron.durable import sync
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError, exit_with
-from dsmoe_megatron.evaluation.policies import read_policy_file
+from dsmoe_megatron.evaluation.policies import policy_values, read_policy_file
 from dsmoe_megatron.inference.policy import ExpertPolicy, PolicyError
 from dsmoe_megatron.inference.tensor_mapping import TensorMapping, check_names
 from dsmoe_megatron.inference.tensor_rules import Shape, TensorRule
@@ -46,7 +46,7 @@ CODE_FILES = ("configuration_dsmoe.py", "expert_products.py", "modeling_dsmoe.py
 def export(
     checkpoint: Path,
     output: Path,
-    policy_options: dict[str, Any] | None = None,
+    policy_options: Mapping[str, Any] | ExpertPolicy | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -57,7 +57,7 @@ def export(
     Args:
         checkpoint: run folder (its newest checkpoint) or step folder.
         output: folder to make.
-        policy_options: fields of ExpertPolicy that replace the recipe's.
+        policy_options: the default policy, or fields of it that replace the recipe's.
         dtype: of the exported tensors; None is the run's precision.
         overwrite: replace an export that is already there.
         max_shard_bytes: largest safetensors file, unless one tensor is larger.
@@ -135,19 +135,22 @@ def _vocab_size(model: ModelConfig, tokenizer: Tokenizer) -> int:
     return model.vocab_size
 
 
-def _policy(model: ModelConfig, options: dict[str, Any]) -> ExpertPolicy:
-    """The export's default policy: the recipe's, changed by the command line's options."""
+def _policy(model: ModelConfig, options: Mapping[str, Any] | ExpertPolicy) -> ExpertPolicy:
+    """The export's default policy: the recipe's, changed by the command line's options, or a whole one."""
     if not model.has_mlp_router and not model.has_attention_router:
         if options:
-            raise ConfigurationError(*next(iter(options.items())), "this model has no routers; leave it out")
+            given = policy_values(options) if isinstance(options, ExpertPolicy) else options
+            raise ConfigurationError(*next(iter(given.items())), "this model has no routers; leave it out")
         return ExpertPolicy()
-    recipe = ExpertPolicy.from_config(model)
-    if model.expert_training == "sparse":
-        if options.get("expert_policy", "topk") != "topk":
-            rule = "a sparse-trained model knows only topk"
-            raise ConfigurationError("expert_policy", options["expert_policy"], rule)
-        recipe = dataclasses.replace(recipe, expert_policy="topk")
-    policy = recipe.with_changes(options)
+    is_sparse = model.expert_training == "sparse"
+    if isinstance(options, ExpertPolicy):
+        policy = options
+    else:
+        recipe = ExpertPolicy.from_config(model)
+        policy = dataclasses.replace(recipe, expert_policy="topk") if is_sparse else recipe
+        policy = policy.with_changes(options)
+    if is_sparse and policy.expert_policy != "topk":
+        raise ConfigurationError("expert_policy", policy.expert_policy, "a sparse-trained model knows only topk")
     if policy.expert_policy == "threshold_topk":
         rule = "depends on the batch and is for evaluation only; export dense, topk or threshold"
         raise ConfigurationError("expert_policy", policy.expert_policy, rule)
@@ -297,7 +300,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     arguments = vars(build_parser().parse_args())
     names = {field.name for field in dataclasses.fields(ExpertPolicy)}
-    options = {name: value for name, value in arguments.items() if name in names and value is not None}
+    options: Any = {name: value for name, value in arguments.items() if name in names and value is not None}
     dtype = DTYPES[arguments["dtype"]] if arguments["dtype"] else None
     try:
         if arguments["policy_file"] is not None:

@@ -29,6 +29,7 @@ def find_faults(folder: Path) -> Iterator[str]:
         config = read_exported_config(folder)
         places = yield from _index_faults(folder)
         yield from _code_faults(folder, config)
+        yield from _tokenizer_faults(folder)
         yield from _tensor_faults(folder, config, places)
     except CheckpointError as error:
         yield str(error)
@@ -82,10 +83,26 @@ def _value_bytes(path: Path) -> int:
 
 
 def _code_faults(folder: Path, config: "PreTrainedConfig") -> Iterator[str]:
-    for target in sorted(set((getattr(config, CODE_KEY, None) or {}).values())):
-        file = folder / f"{target.split('.')[0]}.py"
+    """The files that config.json names, and those that they import."""
+    from transformers.dynamic_module_utils import get_relative_imports
+
+    targets = sorted({target.split(".")[0] for target in (getattr(config, CODE_KEY, None) or {}).values()})
+    named_by = dict.fromkeys(targets, "config.json")
+    for module in targets:  # grows
+        file = folder / f"{module}.py"
         if not file.is_file():
-            yield f"{folder / 'config.json'}: {CODE_KEY} names {target}, but {file.name} is not there"
+            yield f"{folder / named_by[module]}: names {module}, but {file.name} is not there"
+            continue
+        for imported in get_relative_imports(file):
+            if imported not in named_by:
+                named_by[imported] = file.name
+                targets.append(imported)
+
+
+def _tokenizer_faults(folder: Path) -> Iterator[str]:
+    """A model may be saved without a tokenizer, but not with a part of one."""
+    if (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.json").is_file():
+        yield f"{folder}: has tokenizer_config.json, but not tokenizer.json"
 
 
 def _tensor_faults(folder: Path, config: "PreTrainedConfig", places: dict[str, str]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError, exit_with
 
-PREFILL_REPEATS = 3
+PREFILL_REPEATS, PREFILL_TOKENS = 3, 512
 SHOWN_CHARACTERS = 60  # of a prompt that is refused
 
 
@@ -27,7 +27,8 @@ def generate(
     Args:
         model_folder: an export.
         prompt: text.
-        policies: names; their limits (K, eps) are those of the export's config.json.
+        policies: names; their limits (K, eps) are those of the export's config.json, its limits per layer those of the
+            policy that it names.
         max_new_tokens: tokens to generate, at most.
         temperature: of sampling; 0 takes the most probable token.
         seed: of sampling.
@@ -42,19 +43,20 @@ def generate(
     import torch
 
     tokenizer, model = _load(model_folder)
-    length = model.config.max_position_embeddings
     inputs = tokenizer(prompt, return_tensors="pt")
-    _check_lengths(prompt, inputs.input_ids.shape[1], max_new_tokens, length)
+    _check_lengths(prompt, inputs.input_ids.shape[1], max_new_tokens, model.config.max_position_embeddings)
+    length = min(PREFILL_TOKENS, model.config.max_position_embeddings)
     window = inputs.input_ids.repeat(1, length // inputs.input_ids.shape[1] + 1)[:, :length]
+    own = (getattr(model.config, "expert_policy", None), getattr(model.config, "expert_policy_layers", None))
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     results = []
     for policy in policies:
-        _set_policy(model, policy)
+        _set_policy(model, policy, own[1] if policy == own[0] else None)
         with torch.no_grad():
-            model(window)  # warm up
+            model(window, logits_to_keep=1)  # warm up
             started = time.perf_counter()
             for _ in range(PREFILL_REPEATS):
-                model(window)
+                model(window, logits_to_keep=1)
             prefill = PREFILL_REPEATS * length / (time.perf_counter() - started)
             started = time.perf_counter()
             torch.manual_seed(seed)
@@ -103,12 +105,14 @@ def _check_lengths(prompt: str, tokens: int, max_new_tokens: int, positions: int
         raise ConfigurationError("--max-new-tokens", max_new_tokens, rule + f"{positions - tokens:,} are left")
 
 
-def _set_policy(model: Any, policy: str) -> None:
+def _set_policy(model: Any, policy: str, layers: Any) -> None:
     """Models of other architectures have one way to compute, whatever the policy is called."""
     if not hasattr(model, "set_policy"):
         return
+    if policy == "threshold_topk":
+        raise ConfigurationError("--policies", policy, "depends on the whole batch and is for evaluation only")
     try:
-        model.set_policy(policy)
+        model.set_policy(policy, expert_policy_layers=layers)
     except ValueError as error:
         raise ConfigurationError("--policies", policy, str(error)) from None
 

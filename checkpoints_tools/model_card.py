@@ -1,12 +1,14 @@
 """The README.md of an export: what the model is, how it was trained, what it scored, how to use it."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
 
 from dsmoe_megatron.config import Config, ModelConfig
 from dsmoe_megatron.config_parsing import to_dict
+from dsmoe_megatron.inference.policy import ExpertPolicy
 from dsmoe_megatron.planning.parameters import active_parameters, count_parameters
 from dsmoe_megatron.run_folder import Progress
 
@@ -144,8 +146,11 @@ def _architecture_rows(model: ModelConfig, export: Mapping[str, Any]) -> Iterato
     if count.total is not None:
         yield "Parameters in training, embeddings included", f"{count.total:,}"
     if _policy(export) == "topk":
-        attention = export.get("attention_experts_per_tok") or model.num_attention_experts
-        active = active_parameters(model, export["num_experts_per_tok"] or model.num_experts, attention)
+        policy = ExpertPolicy.from_config(SimpleNamespace(**export))
+        layers = range(model.num_hidden_layers)
+        mlp = [policy.top_k(layer, "mlp", model.num_experts) for layer in layers]
+        attention = [policy.top_k(layer, "attention", model.num_attention_experts) for layer in layers]
+        active = active_parameters(model, mlp, attention)
         yield "Active per token under the default policy", f"{active:,.0f}"
     yield "Layers", f"{model.num_hidden_layers}"
     yield "Hidden size", f"{model.hidden_size:,}"

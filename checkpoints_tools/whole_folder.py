@@ -32,7 +32,7 @@ def whole_folder(output: Path, overwrite: bool, what: str = "an export", mark: s
         ConfigurationError: `output` is there.
         CheckpointError: it cannot be written.
     """
-    output = output.absolute()
+    output = output.resolve()  # a link stays, and what it points to is made whole, on the disk where that lies
     try:
         _clean_up_after_the_dead(output)
         occupied = output.exists() and not (output.is_dir() and not any(output.iterdir()))

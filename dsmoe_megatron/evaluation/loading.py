@@ -87,7 +87,7 @@ class LoadedModel:
         if not (model.has_mlp_router or model.has_attention_router):
             return
         values = {name: value for name, value in dataclasses.asdict(policy).items() if value is not None}
-        if policy.expert_policy == "topk":
+        if policy.expert_policy == "topk" and policy.expert_policy_layers is None:
             everything = {
                 "num_experts_per_tok": model.num_experts,
                 "attention_experts_per_tok": model.num_attention_experts,

@@ -82,8 +82,8 @@ def check_policy(policy: ExpertPolicy, model: ModelConfig) -> None:
         raise ConfigurationError(error.key, error.value, error.rule) from None
 
 
-def read_policy_file(path: Path) -> dict[str, Any]:
-    """The fields of ExpertPolicy that a policy file gives, as `evaluate --calibrate` writes it; others are absent.
+def read_policy_file(path: Path) -> ExpertPolicy:
+    """The policy of a file as `evaluate --calibrate` writes it; it is the whole policy, whatever a recipe says.
 
     Raises:
         ConfigurationError: it cannot be read, is no JSON object, or has unknown keys.
@@ -103,7 +103,7 @@ def read_policy_file(path: Path) -> dict[str, Any]:
     layers = values.get("expert_policy_layers")
     if layers is not None and not isinstance(layers, list):
         raise ConfigurationError("--policy-file", str(path), "expert_policy_layers must be a list, one entry per layer")
-    return values
+    return ExpertPolicy(**values)
 
 
 def policy_values(policy: ExpertPolicy) -> dict[str, Any]:
@@ -124,4 +124,4 @@ def _asked_for(options: PolicyOptions, default: ExpertPolicy) -> Iterator[tuple[
     ]
     yield from ((policy_name(policy), policy) for policy in policies)
     for path in options.files:
-        yield str(path), default.with_changes({"expert_policy_layers": None, **read_policy_file(path)})
+        yield str(path), read_policy_file(path)

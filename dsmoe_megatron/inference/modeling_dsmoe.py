@@ -144,7 +144,7 @@ class DSMoEPreTrainedModel(PreTrainedModel):
         """Choose experts by another policy from now on, and in the configuration that `save_pretrained` writes.
 
         Limits that are not given keep the configuration's values, except that an expert_threshold given alone holds for
-        the attention as well, and that expert_policy_layers is dropped.
+        the attention as well, and that expert_policy_layers is dropped. With expert_policy_layers none is kept.
 
         Raises:
             ValueError: the policy does not fit the model; it then stays as it was.
@@ -157,7 +157,8 @@ class DSMoEPreTrainedModel(PreTrainedModel):
         }
         changes = {name: value for name, value in limits.items() if value is not None}
         changes |= {"expert_policy": expert_policy, "expert_policy_layers": expert_policy_layers}
-        policy = ExpertPolicy.from_config(self.config).with_changes(changes)
+        kept = ExpertPolicy.from_config(self.config) if expert_policy_layers is None else ExpertPolicy()
+        policy = kept.with_changes(changes)
         self.config.check_policy(policy)
         for field in dataclasses.fields(policy):
             setattr(self.config, field.name, getattr(policy, field.name))

@@ -48,7 +48,8 @@ class ExpertPolicy:
     attention_expert_threshold: float | None = None
     """eps of the attention experts; None is expert_threshold."""
     expert_policy_layers: Sequence[Mapping[str, Mapping[str, Any]]] | None = None
-    """One {"mlp": {"k" | "eps": value}, "attention": {...}} per layer, over the values above; a kind may be absent."""
+    """One {"mlp": {"k" | "eps": value}, "attention": {...}} per layer, over the values above; a kind may be absent. A
+    value above that all layers go over is refused: whoever changes it would think that it counts."""
 
     @classmethod
     def from_config(cls, config: object) -> "ExpertPolicy":
@@ -119,14 +120,34 @@ class ExpertPolicy:
                 raise PolicyError(key, entry, 'must map "mlp" and "attention" to their limits')
             for kind, limits in entry.items():
                 if not isinstance(limits, Mapping) or set(limits) != {limit}:
-                    raise PolicyError(
-                        f"{key}.{kind}", limits, f'must be {{"{limit}": value}} under {self.expert_policy}'
-                    )
+                    rule = f'must be {{"{limit}": value}} under {self.expert_policy}'
+                    raise PolicyError(f"{key}.{kind}", limits, f"{rule}; or set expert_policy_layers to null")
                 if limit == "k":
                     available = num_experts if kind == "mlp" else num_attention_experts
                     _check_top_k(f"{key}.{kind}.k", limits["k"], available)
                 else:
                     _check_threshold(f"{key}.{kind}.eps", limits["eps"])
+        for name in self._covered_limits(num_experts, num_attention_experts):
+            if (value := getattr(self, name)) is not None:
+                rule = f"expert_policy_layers has limits of its own in every layer; set {name} or it to null"
+                raise PolicyError(name, value, rule)
+
+    def _covered_limits(self, num_experts: int, num_attention_experts: int) -> list[str]:
+        """Names of the limits of this rule that no layer reads."""
+        layers = self.expert_policy_layers or ()
+        mlp, attention = (
+            num == 1 or all(kind in entry for entry in layers)
+            for kind, num in (("mlp", num_experts), ("attention", num_attention_experts))
+        )
+        if self.expert_policy == "topk":
+            covered = {"num_experts_per_tok": mlp, "attention_experts_per_tok": attention}
+        else:
+            attention_alone = self.attention_expert_threshold is not None
+            covered = {
+                "expert_threshold": mlp and (attention or attention_alone),
+                "attention_expert_threshold": attention,
+            }
+        return [name for name, is_covered in covered.items() if is_covered]
 
 
 def policy_name(policy: ExpertPolicy) -> str:

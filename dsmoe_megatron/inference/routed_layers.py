@@ -8,6 +8,7 @@ Shape suffixes: B batch, S sequence, T tokens (B x S flattened), N experts, K ac
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -43,12 +44,20 @@ class DSMoERouter(nn.Module):
         # bfloat16 logits tie experts and blur the small probabilities that thresholds read
         wide = torch.promote_types(hidden_TH.dtype, torch.float32)
         hidden_TH = hidden_TH.to(wide)
-        if self.router_type == "linear":
-            logits_TN = F.linear(hidden_TH, self.weight.to(wide))
-        else:
-            inner = F.gelu(F.linear(hidden_TH, self.fc1.weight.to(wide)))
-            logits_TN = F.linear(inner, self.fc2.weight.to(wide))
-        return logits_TN, logits_TN.softmax(dim=-1)
+        with _without_autocast(hidden_TH.device.type):
+            if self.router_type == "linear":
+                logits_TN = F.linear(hidden_TH, self.weight.to(wide))
+            else:
+                inner = F.gelu(F.linear(hidden_TH, self.fc1.weight.to(wide)))
+                logits_TN = F.linear(inner, self.fc2.weight.to(wide))
+            return logits_TN, logits_TN.softmax(dim=-1)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Entered only where it is on, which saves its time in decoding."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 class DSMoEAttentionRouter(DSMoERouter):

@@ -90,11 +90,11 @@ def sparse_perplexity(runs: Sequence[Run]) -> Figure | None:
     figure, axes = _figure(2)
     drawn = set()
     for run, colour in _coloured(runs):
-        for rule, points in _policy_points(run).items():
+        for rule, number, points in _policy_points(run):
             drawn.add(rule)
             for axis, column in zip(axes, (0, 1), strict=True):
                 places = [(point[column], point[2]) for point in points if point[column] is not None]
-                line = "-" if len(places) > 1 else "none"
+                line = LINE_STYLES[number % len(LINE_STYLES)] if len(places) > 1 else "none"
                 style: Any = {"color": colour, "marker": MARKERS[rule], "markersize": 10 if rule == "dense" else 5.5}
                 if not run.evaluations:  # hollow
                     style["markerfacecolor"] = "white"
@@ -104,6 +104,9 @@ def sparse_perplexity(runs: Sequence[Run]) -> Figure | None:
     for run, colour in _coloured(runs):
         source = "" if run.evaluations else " (hollow: validation in training)"
         axes[0].plot([], [], color=colour, linewidth=4, label=f"{run.name}{source}")
+        if len(run.evaluations) > 1:
+            for name, style in zip(run.evaluations, itertools.cycle(LINE_STYLES)):
+                axes[0].plot([], [], color=colour, linestyle=style, label=f"{run.name}, {name}")
     axes[0].set_xlabel("active share of the parameters without embeddings [%]")
     axes[1].set_xlabel("active parameters without embeddings [millions]")
     for axis in axes:
@@ -234,30 +237,32 @@ def _of_expert_use(runs: Sequence[Run], label: str, value: Callable[[dict[str, A
     return _finish(figure, axes)
 
 
-def _policy_points(run: Run) -> dict[str, list[tuple[float, float | None, float]]]:
-    """Rule -> (active share [%], active parameters [millions], perplexity), by rising share.
+def _policy_points(run: Run) -> Iterator[tuple[str, int, list[tuple[float, float | None, float]]]]:
+    """Rule, number of the evaluation, and its (active share [%], active parameters [millions], perplexity) by share.
 
-    The newest validation counts only where there is no evaluation: their windows differ, and so would the curves.
+    Measurements on other windows are other curves; the newest validation counts only where there is no evaluation.
     """
-    found: dict[str, list[tuple[float, float | None, float]]] = {}
-    entries = [(name, figures) for name, figures in _evaluated(run)]
-    if not entries and run.validation:
-        entries = list(run.validation[-1]["policies"].items())
-    for name, figures in entries:
-        rule = name.split(" ")[0] if "policy" not in figures else figures["policy"]["expert_policy"]
-        share = figures["active_share"]
-        parameters = None if run.parameters is None else share * run.parameters / 1e6
-        found.setdefault(rule, []).append((100 * share, parameters, figures["perplexity"]))
-    return {rule: sorted(points) for rule, points in found.items()}
-
-
-def _evaluated(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
-    for evaluation in run.evaluations:
-        yield from evaluation["policies"].items()
+    measured = [evaluation["policies"] for evaluation in run.evaluations.values()]
+    if not measured and run.validation:
+        measured = [run.validation[-1]["policies"]]
+    for number, policies in enumerate(measured):
+        found: dict[str, list[tuple[float, float | None, float]]] = {}
+        for name, figures in policies.items():
+            rule = name.split(" ")[0] if "policy" not in figures else figures["policy"]["expert_policy"]
+            share = figures["active_share"]
+            parameters = None if run.parameters is None else share * run.parameters / 1e6
+            found.setdefault(rule, []).append((100 * share, parameters, figures["perplexity"]))
+        yield from ((rule, number, sorted(points)) for rule, points in found.items())
 
 
 def _thresholds(run: Run) -> list[tuple[str, dict[str, Any]]]:
-    return [(name, figures) for name, figures in _evaluated(run) if figures["policy"]["expert_policy"] == "threshold"]
+    """Threshold policies of all evaluations, with the evaluation's name where there are several."""
+    return [
+        (name if len(run.evaluations) == 1 else f"{evaluation_name}, {name}", figures)
+        for evaluation_name, evaluation in run.evaluations.items()
+        for name, figures in evaluation["policies"].items()
+        if figures["policy"]["expert_policy"] == "threshold"
+    ]
 
 
 def _routers(run: Run, kind: str) -> list[dict[str, Any]]:

@@ -134,7 +134,7 @@ def _policies(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         sources = [("validation", run.validation[-1]["policies"])] if run.validation else []
-        sources += [("evaluation", evaluation["policies"]) for evaluation in run.evaluations]
+        sources += [(name, evaluation["policies"]) for name, evaluation in run.evaluations.items()]
         for source, policies in sources:
             for name, values in policies.items():
                 rows.append([run.name, source, name, f"{values['perplexity']:.3f}", f"{values['active_share']:.1%}"])

@@ -1,10 +1,12 @@
 """What runs have left to read: metrics.jsonl, expert_use.jsonl, config.yaml, and results of `evaluate`."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dsmoe_megatron.config import ModelConfig
 from dsmoe_megatron.config_parsing import load_config
@@ -28,7 +30,7 @@ class Run:
         training: training lines in order.
         validation: validation lines in order.
         expert_use: lines of expert_use.jsonl in order.
-        evaluations: results of `evaluate`.
+        evaluations: results of `evaluate`, by the name of their file; each has windows of its own.
         remarks: what could not be read, a sentence each.
     """
 
@@ -38,7 +40,7 @@ class Run:
     training: list[Line] = field(default_factory=list)
     validation: list[Line] = field(default_factory=list)
     expert_use: list[Line] = field(default_factory=list)
-    evaluations: list[Line] = field(default_factory=list)
+    evaluations: dict[str, Line] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
     @property
@@ -46,11 +48,17 @@ class Run:
         """Without embeddings."""
         if self.model is not None:
             return count_parameters(self.model).total_without_embeddings
-        return self.evaluations[0]["parameters_without_embeddings"] if self.evaluations else None
+        counts = (evaluation["parameters_without_embeddings"] for evaluation in self.evaluations.values())
+        return next(counts, None)
 
     def tokens_at(self, step: int) -> float:
-        """Tokens that the run had seen at a step; every step takes the same number."""
-        return step * float(self.training[-1]["tokens"]) / self.training[-1]["step"] if self.training else step
+        """Tokens that the run had seen at a step, between two lines as if each step took the same number."""
+        if not self.training:
+            return step
+        steps, tokens = ([0, *(line[key] for line in self.training)] for key in ("step", "tokens"))
+        if step > steps[-1]:
+            return float(step * tokens[-1] / steps[-1])
+        return float(np.interp(step, steps, tokens))
 
 
 def read_runs(folders: Sequence[Path], evaluations: Sequence[Path]) -> list[Run]:
@@ -66,14 +74,15 @@ def read_runs(folders: Sequence[Path], evaluations: Sequence[Path]) -> list[Run]
     """
     paths = list(dict.fromkeys(path.absolute() for folder in folders for path in _run_folders(folder)))
     runs = [_read_run(path, name) for path, name in zip(paths, _short_names(paths), strict=True)]
-    for path in evaluations:
+    in_runs = {path.resolve() for folder in paths for path in folder.glob(EVALUATIONS)}
+    for path in (path for path in evaluations if path.resolve() not in in_runs):
         result = _read_evaluation(path)
         checkpoint = Path(result["checkpoint"]).absolute()
         owners = [run for run in runs if run.folder and (run.folder == checkpoint or run.folder in checkpoint.parents)]
         if not owners:
-            owners = [Run(_free_name(path.stem, runs))]
+            owners = [Run(_free_name(path.stem, [run.name for run in runs]))]
             runs += owners
-        owners[0].evaluations.append(result)
+        owners[0].evaluations[_free_name(path.stem, owners[0].evaluations)] = result
     return runs
 
 
@@ -97,9 +106,8 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _free_name(name: str, runs: Sequence[Run]) -> str:
-    taken = {run.name for run in runs}
-    numbered = (f"{name} ({number})" for number in range(2, len(runs) + 3))
+def _free_name(name: str, taken: Collection[str]) -> str:
+    numbered = (f"{name} ({number})" for number in range(2, len(taken) + 3))
     return next(candidate for candidate in (name, *numbered) if candidate not in taken)
 
 
@@ -120,7 +128,7 @@ def _read_run(folder: Path, name: str) -> Run:
             run.remarks.append(f"{RECIPE} cannot be read, so sizes are unknown: {error}.")
     for path in sorted(folder.glob(EVALUATIONS)):
         try:
-            run.evaluations.append(_read_evaluation(path))
+            run.evaluations[path.stem] = _read_evaluation(path)
         except DataError as error:
             run.remarks.append(f"{path.name} is left out: {error}.")
     return run

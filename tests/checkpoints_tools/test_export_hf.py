@@ -1,6 +1,7 @@
 """Export: a distributed checkpoint in pieces becomes a folder that transformers loads, with the reference's logits."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
 from checkpoints_tools.export_hf import export, main
 from dsmoe_megatron.errors import ConfigurationError
+from dsmoe_megatron.inference.policy import ExpertPolicy
 from tests.made_up_runs import ARCHITECTURE, GQA, LLAMA, QWEN, Run, make_run, token_ids
 
 
@@ -104,6 +106,25 @@ def test_configuration_tokenizer_and_card_tell_of_the_run(run: Run, tmp_path: Pa
         "num_experts: 5",
     ):
         assert fact in card
+
+
+def test_the_card_counts_limits_per_layer(run: Run, tmp_path: Path) -> None:
+    layers = [{"mlp": {"k": 1}, "attention": {"k": 3}}, {"mlp": {"k": 4}}]
+    scalars = {"expert_policy": "topk", "num_experts_per_tok": 2}
+    counts = []
+    for name, policy in (("uniform", scalars), ("layers", ExpertPolicy("topk", expert_policy_layers=layers))):
+        export(run.folder, tmp_path / name, policy)
+        row = re.search(
+            r"Active per token under the default policy \| ([\d,]+)", (tmp_path / name / "README.md").read_text()
+        )
+        assert row is not None
+        counts.append(int(row[1].replace(",", "")))
+
+    # an MLP expert more than two in each layer, an attention expert less than all of two layers
+    hidden, units, width = ARCHITECTURE.hidden_size, ARCHITECTURE.moe_intermediate_size, ARCHITECTURE.head_dim
+    heads = ARCHITECTURE.num_key_value_heads
+    missing = ARCHITECTURE.num_attention_experts - 3
+    assert counts[1] - counts[0] == (1 + 4 - 2 - 2) * 2 * hidden * units - missing * 2 * hidden * heads * width
 
 
 def test_sparse_trained_baseline_is_exported_with_topk(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -128,6 +128,23 @@ def test_an_existing_folder_is_kept_unless_told(run: Run, tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "strange"]
 
 
+def test_a_link_stays_a_link(run: Run, tmp_path: Path) -> None:
+    for name in ("other_disk", "here"):
+        (tmp_path / name).mkdir()
+    output, target = tmp_path / "here" / "export", tmp_path / "other_disk" / "mine"
+    output.symlink_to(target)
+
+    export(run.folder, output)
+    (target / "mark").touch()
+    for _ in range(2):
+        export(run.folder, output, overwrite=True)
+
+    assert output.is_symlink()
+    assert (target / "config.json").is_file()
+    assert not (target / "mark").exists()
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == ["export", "mine"]
+
+
 def dead_process() -> int:
     process = subprocess.Popen(["true"])
     process.wait()

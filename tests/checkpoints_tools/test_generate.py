@@ -4,10 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints_tools.export_hf import export
 from checkpoints_tools.generate import generate, main
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError
+from dsmoe_megatron.inference.policy import ExpertPolicy
 from tests.made_up_runs import ARCHITECTURE, make_run
 
 
@@ -23,6 +25,20 @@ def test_a_prompt_that_just_fits_is_continued(exported: str) -> None:
     (result,) = generate(exported, "x" * 20, ["threshold"], max_new_tokens=4, temperature=0.0, seed=1)
 
     assert result["text"].startswith("x" * 20)
+
+
+def test_limits_per_layer_are_those_of_the_policy_that_the_export_names(tmp_path: Path, tokenizer_folder: Path) -> None:
+    run = make_run(tmp_path / "run", tokenizer_folder, ARCHITECTURE)
+    layers = [{"mlp": {"k": 1 + layer}, "attention": {"k": 1}} for layer in range(ARCHITECTURE.num_hidden_layers)]
+    export(run.folder, tmp_path / "export", ExpertPolicy("topk", expert_policy_layers=layers))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export", trust_remote_code=True)
+    expected = model.generate(**tokenizer("def main(", return_tensors="pt"), max_new_tokens=8, do_sample=False)[0]
+
+    results = generate(str(tmp_path / "export"), "def main(", ["dense", "topk"], 8, temperature=0.0, seed=1)
+
+    assert results[1]["text"] == tokenizer.decode(expected)
+    assert results[0]["text"] != results[1]["text"]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +58,8 @@ def test_lengths_that_do_not_fit_are_refused(exported: str, prompt: str, new_tok
 def test_a_policy_and_a_folder_that_are_none_are_refused(exported: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="--policies = 'best': expert_policy = 'best': must be one of"):
         generate(exported, "x", ["best"], 4, temperature=0.0, seed=1)
+    with pytest.raises(ConfigurationError, match=r"--policies = 'threshold_topk': .* for evaluation only"):
+        generate(exported, "x", ["threshold_topk"], 4, temperature=0.0, seed=1)
     with pytest.raises(CheckpointError, match=r"has no config\.json: is it an export"):
         generate(str(tmp_path), "x", ["dense"], 4, temperature=0.0, seed=1)
 

@@ -266,7 +266,15 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "code missing": (
         lambda folder: (folder / "modeling_dsmoe.py").unlink(),
-        ["config.json: auto_map names modeling_dsmoe.DSMoEForCausalLM, but modeling_dsmoe.py is not there"],
+        ["config.json: names modeling_dsmoe, but modeling_dsmoe.py is not there"],
+    ),
+    "imported code missing": (
+        lambda folder: (folder / "policy.py").unlink(),
+        ["configuration_dsmoe.py: names policy, but policy.py is not there"],
+    ),
+    "a part of the tokenizer missing": (
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        ["has tokenizer_config.json, but not tokenizer.json"],
     ),
 }
 

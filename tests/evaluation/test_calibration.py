@@ -1,6 +1,7 @@
 """Calibration: the effects are real differences, the target is met, and the result is what exports and sweeps take."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from checkpoints_tools.export_hf import main as export_main
 from dsmoe_megatron.__main__ import main
+from dsmoe_megatron.evaluation.calibration import Target
 from dsmoe_megatron.evaluation.loading import LoadedModel, load_model
 from dsmoe_megatron.evaluation.perplexity import Router, sweep
 from dsmoe_megatron.evaluation.sensitivity import Rule, effects, policy_of
@@ -93,6 +95,35 @@ def test_meets_the_target_at_no_more_cost_than_the_uniform_policy(
         seen["per layer"]["loss"] / seen["uniform"]["loss"] < 1
         or seen["per layer"]["active_share"] < seen["uniform"]["active_share"]
     )
+
+
+@dataclass
+class Measured:
+    """What a comparison asks of a measurement."""
+
+    perplexity: float
+    share: float
+
+    def active(self, _loaded: Any) -> tuple[float, float]:
+        return 100 * self.share, self.share
+
+
+@pytest.mark.parametrize(
+    ("loss", "share", "is_better"),
+    [
+        (0.029, 0.4, True),
+        (0.029, 0.6, False),
+        (0.035, 0.4, False),  # it was fitted to windows that were few
+        (0.035, 0.6, False),
+    ],
+)
+def test_a_wanted_loss_must_hold_on_windows_that_were_not_fitted(loss: float, share: float, is_better: bool) -> None:
+    dense, uniform, ours = Measured(10.0, 1.0), Measured(10.2, 0.5), Measured(10 + 10 * loss, share)
+    target: Any = Target(None, 0.03)
+
+    assert target.is_better(ours, uniform, dense, None) == is_better
+    uniform_that_misses_too = Measured(10.4, 0.5)
+    assert target.is_better(ours, uniform_that_misses_too, dense, None) == (share < 0.5)
 
 
 def test_an_export_carries_the_calibrated_policy(

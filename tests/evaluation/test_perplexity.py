@@ -203,8 +203,8 @@ def test_an_export_of_a_sparse_trained_baseline_is_evaluated_as_the_run_is(
     for policy_name, figures in expected["policies"].items():
         for name in ("loss", "perplexity", "active_share", "scored_tokens"):
             assert result["policies"][policy_name][name] == pytest.approx(figures[name], rel=1e-5)
+    arguments = [str(word) for word in ("--checkpoint", tmp_path / "export", *data, "--thresholds", 1)]
     with pytest.raises(SystemExit):
-        arguments = [str(word) for word in ("--checkpoint", tmp_path / "export", *data, "--thresholds", 1)]
         main(["evaluate", *arguments])
     assert "a sparse-trained model chooses experts as it was trained, by topk" in capsys.readouterr().err
 

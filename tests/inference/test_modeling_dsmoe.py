@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsmoe_megatron.inference.configuration_dsmoe import DSMoEConfig
 from dsmoe_megatron.inference.modeling_dsmoe import DSMoEForCausalLM
+from dsmoe_megatron.inference.routed_layers import DSMoERouter
 from tests import reference_model as reference
 
 VARIANTS = {
@@ -160,6 +161,23 @@ def test_layers_may_have_limits_of_their_own() -> None:
     rules = reference.ReferencePolicy("topk", expert_policy_layers=layers)
     expected = reference.reference_forward(architecture, tensors, token_ids(), rules)
     assert_equal(model(token_ids()).logits, expected.logits)
+
+
+@pytest.mark.parametrize("router_type", ["linear", "mlp"])
+def test_routers_stay_in_float32_under_autocast(router_type: Any) -> None:
+    architecture = dataclasses.replace(VARIANTS["gelu_linear_moa"], router_type=router_type)
+    model, _ = build(architecture, torch.float32)
+    routers = [module for module in model.modules() if isinstance(module, DSMoERouter)]
+    hidden_TH = torch.randn(50, architecture.hidden_size)
+    expected = [router(hidden_TH) for router in routers]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [router(hidden_TH) for router in routers]
+
+    assert len(routers) == 2 * architecture.num_hidden_layers
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
 
 
 # transformers' eager attention masks by the most negative number of the dtype and takes the softmax in float32, where

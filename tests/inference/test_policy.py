@@ -69,7 +69,7 @@ def test_attention_limits_stand_beside_the_mlps() -> None:
 
 def test_layers_override_the_scalars() -> None:
     layers = [{"mlp": {"k": 1}, "attention": {"k": 3}}, {"mlp": {"k": 4}}]
-    policy = ExpertPolicy("topk", num_experts_per_tok=2, attention_experts_per_tok=1, expert_policy_layers=layers)
+    policy = ExpertPolicy("topk", attention_experts_per_tok=1, expert_policy_layers=layers)
     policy.validate(num_layers=2, num_experts=4, num_attention_experts=4)
 
     def counts(layer: int, kind: RouterKind) -> list[int]:
@@ -119,6 +119,15 @@ def test_random_scores_equal_the_references_rules(name: Any, kind: RouterKind) -
         ({"expert_policy": "topk", "expert_policy_layers": [{}, {"mlp": {"eps": 1}}]}, r"layers\[1\]\.mlp = .*\"k\""),
         ({"expert_policy": "topk", "expert_policy_layers": [{}, {"mlp": {"k": 9}}]}, r"layers\[1\]\.mlp\.k = 9: "),
         ({"expert_policy": "topk", "expert_policy_layers": [{"moe": {"k": 1}}, {}]}, r"layers\[0\] = .*must map"),
+        (
+            {"expert_policy": "topk", "num_experts_per_tok": 2, "expert_policy_layers": 2 * [{"mlp": {"k": 1}}]},
+            "num_experts_per_tok = 2: expert_policy_layers has limits of its own in every layer",
+        ),
+        (
+            {"expert_policy": "threshold", "expert_threshold": 0.5}
+            | {"expert_policy_layers": 2 * [{"mlp": {"eps": 1}, "attention": {"eps": 1}}]},
+            "expert_threshold = 0.5: expert_policy_layers has limits of its own in every layer",
+        ),
     ],
 )
 def test_a_policy_that_does_not_fit_is_refused_in_one_line(values: dict[str, Any], message: str) -> None:

@@ -5,9 +5,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dsmoe_megatron.__main__ import main
+from dsmoe_megatron.reporting.figures import sparse_perplexity
+from dsmoe_megatron.reporting.records import read_runs
 
 STEPS = 40
 
@@ -170,6 +173,35 @@ def test_several_runs_share_the_axes_and_their_names_are_text(tmp_path: Path) ->
         assert name in page.cells
         assert any(name in part for part in text)
     assert {"3.0000", "2.5000", "20.300"} <= set(page.cells)
+
+
+def test_tokens_are_those_of_a_growing_batch(tmp_path: Path) -> None:
+    lines = [{"step": step, "tokens": tokens, "lm_loss": 3.0} for step, tokens in ((50, 51_200), (100, 870_400))]
+    folder = tmp_path / "ramp"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    (run,) = read_runs([folder], [])
+
+    assert [run.tokens_at(step) for step in (0, 25, 50, 75, 100)] == [0, 25_600, 51_200, 460_800, 870_400]
+
+
+def test_evaluations_on_other_data_are_other_curves_and_none_counts_twice(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "mine")
+    for name, worse in (("evaluation_text", 0), ("evaluation_code", 30)):
+        result = evaluation(run)
+        for figures in result["policies"].values():
+            figures["perplexity"] += worse
+        (run / f"{name}.json").write_text(json.dumps(result))
+
+    (found,) = read_runs([run], [run / "evaluation_text.json"])
+    figure = sparse_perplexity([found])
+
+    assert list(found.evaluations) == ["evaluation_code", "evaluation_text"]
+    assert figure is not None
+    curves = [ys for line in figure.axes[0].lines if len(ys := np.asarray(line.get_ydata())) > 1]
+    np.testing.assert_allclose(curves, [[51.0, 50.48, 50.3], [21.0, 20.48, 20.3]])
+    assert report(tmp_path / "page.html", run).cells.count("evaluation_code") == 3  # a row per policy
 
 
 def test_a_line_that_is_cut_short_is_left_out_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
