@@ -204,6 +204,12 @@ def _check_sparse_training(config: Config) -> None:
         _refuse(config, "parallel.context", "must be 1 with expert_training sparse")
     if config.parallel.tensor > 1 and not config.parallel.sequence:
         _refuse(config, "parallel.sequence", "must be true with expert_training sparse and tensor > 1")
+    if config.parallel.expert == 1 and config.parallel.tensor_of_experts != config.parallel.tensor:
+        rule = (
+            "must be null with expert_training sparse and expert 1: megatron-core would reduce the experts' gradients "
+            "over the ranks of the dense layers"
+        )
+        _refuse(config, "parallel.expert_tensor", rule)
 
 
 def _check_schedule(config: Config) -> None:

@@ -62,6 +62,7 @@ def recipe(changes: dict[str, Any]) -> Config:
         (1, DENSE_BASELINE),
         (2, DENSE_BASELINE | {"parallel.tensor": 2}),
         (2, SPARSE_BASELINE | {"parallel.expert": 2}),
+        (4, SPARSE_BASELINE | {"parallel.expert": 2, "parallel.expert_tensor": 2}),
         (1, {"model.num_experts": 1, "model.num_experts_per_tok": 4}),  # K of a router that is not there
         (1, {"train.steps": 1, "optimizer.warmup_steps": 0, "checkpoint.interval": 1, "logging.interval": 1}),
         (1, {"train.steps": 2, "optimizer.warmup_steps": 50, "optimizer.decay_steps": 100}),  # a run cut short
@@ -185,7 +186,10 @@ def test_a_single_value_that_cannot_be_is_refused(key: str, value: float, rule: 
         (2, SPARSE_BASELINE | {"parallel.context": 2}, "parallel.context", "must be 1"),
         (2, SPARSE_BASELINE | {"parallel.tensor": 2}, "parallel.sequence", "must be true"),
         (3, SPARSE_BASELINE | {"parallel.expert": 3}, "parallel.expert", "divide model.num_experts, 8"),
-        (2, SPARSE_BASELINE | {"parallel.expert_tensor": 2, "model.moe_intermediate_size": 5},
+        (2, SPARSE_BASELINE | {"parallel.expert_tensor": 2}, "parallel.expert_tensor", "must be null"),
+        (2, SPARSE_BASELINE | {"parallel.tensor": 2, "parallel.sequence": True, "parallel.expert_tensor": 1},
+            "parallel.expert_tensor", "must be null"),
+        (4, SPARSE_BASELINE | {"parallel.expert": 2, "parallel.expert_tensor": 2, "model.moe_intermediate_size": 5},
             "model.moe_intermediate_size", "expert_tensor"),
     ],
 )  # fmt: skip
