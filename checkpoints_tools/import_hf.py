@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tqdm import tqdm
 
 from checkpoints_tools.checkpoint_writing import write_checkpoint
@@ -34,6 +33,7 @@ from dsmoe_megatron.config_parsing import parse_config, save_config
 from dsmoe_megatron.durable import sync
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError, exit_with
 from dsmoe_megatron.inference.tensor_mapping import TensorMapping
+from dsmoe_megatron.recipe_text import recipe_text
 from dsmoe_megatron.run_folder import Progress
 from dsmoe_megatron.tokenizers import load_tokenizer
 
@@ -106,7 +106,7 @@ def _recipe(model: Path, section: ModelConfig, dtype: torch.dtype, recipes: Sequ
     }
     with tempfile.TemporaryDirectory() as scratch:
         lowest = Path(scratch) / "config.yaml"
-        lowest.write_text(yaml.safe_dump(own), encoding="utf-8")
+        lowest.write_text(recipe_text(own), encoding="utf-8")
         config = parse_config([f"--config={path}" for path in (lowest, *recipes)], "import_hf")
     config.train.precision = own["train"]["precision"]  # it describes this folder; a run's own is its own
     wanted = dataclasses.asdict(config.model)

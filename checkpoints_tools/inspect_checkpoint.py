@@ -15,13 +15,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
 from dsmoe_megatron.checkpoint_manifest import Manifest, read_manifest
 from dsmoe_megatron.config import Config
 from dsmoe_megatron.config_parsing import load_config
 from dsmoe_megatron.errors import CheckpointError, DSMoEError, exit_with
+from dsmoe_megatron.recipe_text import recipe_text
 from dsmoe_megatron.run_folder import find_checkpoint, read_progress, saved_step, step_folders
 
 OPTIMIZER = "optimizer."
@@ -124,7 +123,7 @@ def as_text(found: dict[str, Any]) -> str:
     if found["checkpoints"]:
         steps = [str(saved_step(Path(name))) for name in reversed(found["checkpoints"])]
         lines.append(f"checkpoints of the run: {', '.join(steps)}")
-    return "\n".join([*lines, "recipe:", yaml.safe_dump(found["config"], sort_keys=False).rstrip()])
+    return "\n".join([*lines, "recipe:", recipe_text(found["config"]).rstrip()])
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ from dsmoe_megatron.config import Config, ModelConfig
 from dsmoe_megatron.config_parsing import to_dict
 from dsmoe_megatron.inference.policy import ExpertPolicy
 from dsmoe_megatron.planning.parameters import active_parameters, count_parameters
+from dsmoe_megatron.recipe_text import recipe_text
 from dsmoe_megatron.run_folder import Progress
 
 PAPER = "[Dense Training, Sparse Inference](https://arxiv.org/abs/2404.05567)"
@@ -48,7 +49,7 @@ def model_card(config: Config, progress: Progress, export: Mapping[str, Any]) ->
             "## Architecture",
             _table(_architecture_rows(config.model, export)),
             "## Recipe",
-            f"```yaml\n{yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)}```\n",
+            f"```yaml\n{recipe_text(to_dict(config))}```\n",
         ]
     )
 

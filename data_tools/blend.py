@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveFloat
 
 from data_tools.indexed_dataset import write_whole
 from data_tools.manifest import MANIFEST_ENDING, manifest_path, read_manifest
 from dsmoe_megatron.errors import ConfigurationError, DataError, DSMoEError, exit_with
+from dsmoe_megatron.recipe_text import recipe_text
 
 MAX_DATASETS = 32766  # megatron-core numbers them in 16 bits and leaves the last numbers out
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -258,10 +258,8 @@ def recipe(mixture: Sequence[MixtureSet], tokenizer_spec: str) -> str:
         lines.append(f"    # {each.name}")
         for dataset in each.datasets:
             entry = {"prefix": dataset.prefix, "weight": float(f"{dataset.tokens * each.epochs / budget:.9g}")}
-            flow = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True)
-            lines.append(f"    - {flow.strip()}")
-    spec = yaml.safe_dump({"tokenizer": tokenizer_spec}, width=math.inf, allow_unicode=True)
-    return "\n".join([*lines, f"  {spec}"])
+            lines.append(f"    - {recipe_text(entry, one_line=True).strip()}")
+    return "\n".join([*lines, f"  {recipe_text({'tokenizer': tokenizer_spec})}"])
 
 
 def build_parser() -> ArgumentParser:

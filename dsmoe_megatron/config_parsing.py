@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_dumper, set_parsing_settings
 
 from dsmoe_megatron.config import Config
 from dsmoe_megatron.errors import ConfigurationError
+from dsmoe_megatron.recipe_text import recipe_text
 
 Options = TypeVar("Options")
 FLAGS = ("-h", "--help", "--print_config")
@@ -71,7 +72,7 @@ def save_config(config: Config, path: str | Path) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        yaml.safe_dump(to_dict(config), file, sort_keys=False, allow_unicode=True)
+        file.write(recipe_text(to_dict(config)))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -116,6 +117,7 @@ def _parse(argv: Sequence[str], program: str, options: type[Any] | None = None) 
 def _parser(program: str, options: type[Any] | None, explained: bool) -> ArgumentParser:
     """Made once; with the text under each field as its help only where that is asked for, which takes as long again."""
     set_parsing_settings(docstring_parse_attribute_docstrings=explained)
+    set_dumper("yaml", recipe_text)  # of --print_config
     parser = ArgumentParser(
         prog=program,
         usage="%(prog)s --config RECIPE [--section.key VALUE ...]",

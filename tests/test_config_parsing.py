@@ -6,6 +6,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dsmoe_megatron.config import Config, DatasetSource
 from dsmoe_megatron.config_parsing import load_config, parse_config, save_config
@@ -179,15 +181,29 @@ def test_a_saved_recipe_is_the_same_recipe(recipe: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "recipe.yaml"]
 
 
+@settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(name=st.text() | st.text("0123456789eE+-._:"))
+def test_a_saved_text_is_the_same_text_whatever_it_looks_like(name: str, tmp_path: Path) -> None:
+    config = Config()
+    config.train.run_dir, config.data.train = name, [DatasetSource(name)]
+
+    save_config(config, tmp_path / "config.yaml")
+
+    assert load_config(tmp_path / "config.yaml") == config
+
+
 def test_print_config_prints_the_resolved_recipe(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    options = ["--config", recipe, "--train.steps", "7", "--logging.wandb.name", "3e-4"]
     with pytest.raises(SystemExit) as exited:
-        parse("--print_config", "--config", recipe, "--train.steps", "7")
+        parse("--print_config", *options)
 
     assert exited.value.code == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
-    assert load_config(tmp_path / "printed.yaml") == parse("--config", recipe, "--train.steps", "7")
+    assert load_config(tmp_path / "printed.yaml") == parse(*options)
 
 
 def test_help_says_what_each_key_means_and_its_unit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,12 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
-
 from benchmarks.paper_in_small.corpus import PACKAGES, collect, read_parts
 from benchmarks.paper_in_small.study import Study
 from data_tools.indexed_dataset import write_whole
 from dsmoe_megatron.errors import DataError
+from dsmoe_megatron.recipe_text import recipe_text
 
 KINDS = {"text": 0.9, "code": 0.1}  # share of the tokens that models are trained on; the Pile weighs code alike
 VOCABULARY = 4096
@@ -45,7 +44,7 @@ def make_data(folder: Path, study: Study) -> Path:
             arguments = ["--input", source, "--output-prefix", prefix, "--tokenizer", tokenizer]
             _call("data_tools/preprocess.py", *arguments)
     recipe = data / RECIPE
-    write_whole(recipe, yaml.safe_dump({"data": _section(data, tokenizer)}, sort_keys=False).encode())
+    write_whole(recipe, recipe_text({"data": _section(data, tokenizer)}).encode())
     return recipe
 
 

@@ -144,18 +144,25 @@ def test_the_table_tells_tokens_share_and_epochs(data: Path) -> None:
     assert rows[5][:4] == ["# total", f"{pile + tokens['code']:,}", "7,500", "100.0000%"]
 
 
-def test_a_set_may_be_named_in_parts_and_stand_anywhere(data: Path, tmp_path: Path) -> None:
+def test_a_set_may_be_named_in_parts_and_stand_anywhere(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     odd = tmp_path / "a folder: [1], {x} #2"
     odd.mkdir()
+    monkeypatch.chdir(tmp_path)
     for file in data.glob("code.*"):
         shutil.copy(file, odd / file.name)
+        shutil.copy(file, f"1e5{file.name.removeprefix('code')}")
 
     recipe = blend(
         [f"mixed={data}/pile_2", f"mixed={odd}/code"], epochs=["mixed=1"], tokenizer_spec="somewhere/else: #1.model"
     )
+    like_numbers = blend(["mixed=1e5"], epochs=["mixed=1"], tokenizer_spec="3e-4")
 
     assert [source.prefix for source in sources_of(recipe, tmp_path)] == [f"{data}/pile_2", f"{odd}/code"]
     assert yaml.safe_load(recipe)["data"]["tokenizer"] == "somewhere/else: #1.model"
+    assert [source.prefix for source in sources_of(like_numbers, tmp_path)] == ["1e5"]
+    assert load_config(tmp_path / "blend.yaml").data.tokenizer == "3e-4"
 
 
 @pytest.mark.parametrize(
