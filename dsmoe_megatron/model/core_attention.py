@@ -7,11 +7,13 @@ other are attended to one by one.
 Shape suffixes: S sequence, B micro-batch, N query heads, K key/value heads, D head dim.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,7 +26,7 @@ class ScaledDotProductCoreAttention(torch.nn.Module):
     """Softmax(Q K^T / sqrt(D)) V under the causal mask.
 
     Args:
-        config: attention_dropout is read.
+        config: attention_dropout and sequence_parallel are read.
         attn_mask_type: must be causal.
         softmax_scale: factor of the scores; None is 1 / sqrt(D).
         pg_collection: process groups; cp is read.
@@ -44,7 +46,7 @@ class ScaledDotProductCoreAttention(torch.nn.Module):
             raise ValueError(f"attention mask type {attn_mask_type}: this core attention is causal")
         self.context_group: dist.ProcessGroup = pg_collection.cp
         self.softmax_scale = softmax_scale
-        self.dropout = config.attention_dropout
+        self.dropout, self.sequence_parallel = config.attention_dropout, config.sequence_parallel
 
     def forward(
         self, query_SBND: Tensor, key_SBKD: Tensor, value_SBKD: Tensor, attention_mask: Tensor | None, **unused: Any
@@ -59,7 +61,19 @@ class ScaledDotProductCoreAttention(torch.nn.Module):
                 that came before it in its sample.
             unused: further arguments of megatron-core.
         """
-        starts_BS = attention_mask
+        with self._dropout_of_own_heads():
+            return self._forward(query_SBND, key_SBKD, value_SBKD, attention_mask)
+
+    def _dropout_of_own_heads(self) -> contextlib.AbstractContextManager[None]:
+        """Other tensor-parallel ranks hold other heads and draw other masks, as in megatron-core's DotProductAttention.
+
+        Under sequence parallelism the whole block runs so.
+        """
+        if self.training and self.dropout and not self.sequence_parallel:
+            return get_cuda_rng_tracker().fork()
+        return contextlib.nullcontext()
+
+    def _forward(self, query_SBND: Tensor, key_SBKD: Tensor, value_SBKD: Tensor, starts_BS: Tensor | None) -> Tensor:
         ranks = self.context_group.size()
         if ranks == 1:
             return self._attend(query_SBND, key_SBKD, value_SBKD, 0, starts_BS)
