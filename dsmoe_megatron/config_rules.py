@@ -327,6 +327,9 @@ def _check_pipeline(config: Config) -> None:
     except ValueError:
         rule = f"the other pipeline ranks must be able to share the rest of the {layers} layers evenly"
         _refuse(config, f"parallel.{uneven[-1]}", rule)
+    if len(uneven) == parallel.pipeline and chunks > 1:
+        rule = "must be null with first_stage_layers, pipeline 2 and virtual_pipeline > 1; the last rank takes the rest"
+        _refuse(config, "parallel.last_stage_layers", rule)
     if uneven and any(stage % chunks for stage in stages):
         rule = f"gives the pipeline ranks {stages} layers, which must be divisible by virtual_pipeline = {chunks}"
         _refuse(config, f"parallel.{uneven[-1]}", rule)

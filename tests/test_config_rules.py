@@ -52,6 +52,7 @@ def recipe(changes: dict[str, Any]) -> Config:
         (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
         (3, {"parallel.pipeline": 3, "parallel.first_stage_layers": 1, "parallel.last_stage_layers": 2}),
         (2, {"parallel.pipeline": 2, "parallel.last_stage_layers": 1}),
+        (2, {"parallel.pipeline": 2, "parallel.first_stage_layers": 1, "parallel.last_stage_layers": 3}),
         (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "parallel.first_stage_layers": 2}
             | {"model.num_hidden_layers": 6}),
         (4, {"model.num_experts": 6, "parallel.expert": 4}),  # 6 x 128 units over 4 ranks: experts are cut
@@ -157,6 +158,8 @@ def test_a_single_value_that_cannot_be_is_refused(key: str, value: float, rule: 
         (3, {"parallel.pipeline": 3, "parallel.first_stage_layers": 1}, "parallel.first_stage_layers", "evenly"),
         (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "parallel.first_stage_layers": 1},
             "parallel.first_stage_layers", "divisible by virtual_pipeline = 2"),
+        (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "parallel.first_stage_layers": 2}
+            | {"parallel.last_stage_layers": 2}, "parallel.last_stage_layers", "the last rank takes the rest"),
         (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 4}, "model.num_hidden_layers", "= 8"),
         (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "train.global_batch_size": 3},
             "train.global_batch_size", "3 micro-batches per replica"),
