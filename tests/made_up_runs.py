@@ -112,6 +112,7 @@ def make_run(
     policies = {
         "dense": {"perplexity": 10.44, "active_share": 1.0},
         "topk": {"perplexity": 12.3456, "active_share": 0.512},
+        "threshold": {"perplexity": None, "active_share": 0.25},
     }
     validation = {"step": 7, "validation_loss": 2.3456789, "policies": policies}
     progress = {"step": 7, "consumed_samples": 56, "tokens": 1792, "last_validation": validation}

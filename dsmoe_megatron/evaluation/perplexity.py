@@ -6,8 +6,6 @@ each policy has a residual stream of its own, on which all later routers decide,
 Shape suffixes: B batch, S sequence, T tokens (B x S flattened), N experts, H hidden size.
 """
 
-import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,11 +19,10 @@ from torch import Tensor
 from dsmoe_megatron.evaluation.loading import LoadedModel
 from dsmoe_megatron.evaluation.windows import NOT_SCORED, Batch, BatchTensors
 from dsmoe_megatron.inference.policy import ExpertPolicy, RouterKind, active_experts
+from dsmoe_megatron.perplexity import perplexity_of
 from dsmoe_megatron.planning.parameters import active_parameters, active_share
 
 LOGITS_AT_ONCE = 2**26  # float32 logits in memory: 256 MB
-
-LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 Router = tuple[int, RouterKind]
 """A router's place: layer from 0, and kind."""
@@ -95,7 +92,7 @@ class Measurement:
     @property
     def perplexity(self) -> float:
         """Infinite where the loss is too large for a float's exponential."""
-        return math.exp(self.loss) if self.loss < LARGEST_EXPONENT else math.inf
+        return perplexity_of(self.loss)
 
     def mean_active(self, kind: RouterKind, layers: int) -> list[float]:
         """Active experts per token of every layer; 1 where there is no router."""

@@ -114,9 +114,9 @@ def _free_name(name: str, taken: Collection[str]) -> str:
 def _read_run(folder: Path, name: str) -> Run:
     run = Run(name, folder)
     lines = list(_read_lines(folder / METRICS, run))
-    # a step whose loss was not finite has null there
+    # what was not finite is null there
     run.training = [line for line in lines if line.get("lm_loss") and line.get("step") and "tokens" in line]
-    run.validation = [line for line in lines if "validation_loss" in line and isinstance(line.get("policies"), dict)]
+    run.validation = [line for line in lines if "validation_loss" in line and _has_figures(line)]
     if not run.training and not run.validation:
         raise DataError(f"{folder / METRICS}: has no whole line yet: nothing to report of this run")
     if (folder / EXPERT_USE).is_file():
@@ -132,6 +132,11 @@ def _read_run(folder: Path, name: str) -> Run:
         except DataError as error:
             run.remarks.append(f"{path.name} is left out: {error}.")
     return run
+
+
+def _has_figures(validation: Line) -> bool:
+    policies = validation.get("policies")
+    return isinstance(policies, dict) and all(figures["perplexity"] is not None for figures in policies.values())
 
 
 def _read_lines(path: Path, run: Run) -> Iterator[Line]:

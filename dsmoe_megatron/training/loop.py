@@ -290,8 +290,7 @@ class TrainingRun:
             raise TrainingError(
                 f"steps {last - count + 1} to {last}: {count} updates in a row were left out "
                 f"(train.stop_after_skipped), the last one: {self.guards.last_reason}; {folder} has a "
-                "checkpoint and, in batches.json, the samples of these steps, and the run's own checkpoints are from "
-                "before them: look at the samples, or lower optimizer.lr"
+                "checkpoint and, in batches.json, the samples of these steps: look at them, or lower optimizer.lr"
             )
         raise AssertionError("unreachable: every rank has raised")
 

@@ -144,7 +144,9 @@ def _number(value: float | None, form: str) -> str:
 def validation_line(line: dict[str, Any]) -> str:
     """The terminal's view of a validation line."""
     policies = [
-        f"{name}: perplexity {figures['perplexity']:.2f} at {figures['active_share']:.0%} active"
+        f"{name}: perplexity {_number(figures['perplexity'], '.2f')} at {figures['active_share']:.0%} active"
         for name, figures in line["policies"].items()
     ]
-    return " | ".join([f"validation at step {line['step']}", f"loss {line['validation_loss']:.4f}", *policies])
+    return " | ".join(
+        [f"validation at step {line['step']}", f"loss {_number(line['validation_loss'], '.4f')}", *policies]
+    )

@@ -1,6 +1,5 @@
 """Validation in the loop: the same batches under the dense policy and under each sparse one."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +10,10 @@ from torch import Tensor
 from dsmoe_megatron.config import Config, PolicyConfig
 from dsmoe_megatron.inference.policy import ExpertPolicy, active_experts, policy_name
 from dsmoe_megatron.model.router import RouterKind
+from dsmoe_megatron.perplexity import perplexity_of
 from dsmoe_megatron.planning.parameters import active_share
 from dsmoe_megatron.training.engines.protocol import Batch, Engine
+from dsmoe_megatron.training.guards import finite
 
 
 def validate(
@@ -28,7 +29,8 @@ def validate(
 
     Returns:
         validation_loss [nats per token] as the model was trained (dense, or the sparse baseline's own top-k), and
-        policies: name -> perplexity and active_share (of parameters without embeddings); the same on every rank.
+        policies: name -> perplexity and active_share (of parameters without embeddings); the same on every rank. Of a
+        run that has diverged, losses and perplexities that are no finite number are None.
     """
     loss = _mean_loss(engine, batches, batch_done)
     model = config.model
@@ -36,13 +38,13 @@ def validate(
     name = f"topk {model.num_experts_per_tok}" if trained_sparse else "dense"
     active_mlp = model.num_experts_per_tok if trained_sparse else model.num_experts
     share = active_share(model, active_mlp, model.num_attention_experts)
-    policies = {name: {"perplexity": math.exp(loss), "active_share": share}}
+    policies = {name: {"perplexity": finite(perplexity_of(loss)), "active_share": share}}
     # asked of the recipe, not of engine.routers: every rank must make the same passes
     if model.has_attention_router or (model.has_mlp_router and not trained_sparse):
         for section in config.evaluation.policies:
             policy = resolve_policy(section, config)
             policies[policy_name(policy)] = _under_policy(engine, batches, policy, config, batch_done)
-    return {"validation_loss": loss, "policies": policies}
+    return {"validation_loss": finite(loss), "policies": policies}
 
 
 def resolve_policy(section: PolicyConfig, config: Config) -> ExpertPolicy:
@@ -92,7 +94,7 @@ def _under_policy(
     policy: ExpertPolicy,
     config: Config,
     batch_done: Callable[[], None],
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     choice = _CountingChoice(policy, config.model.num_hidden_layers, engine.device)
     for router in engine.routers:
         router.control.choose_experts = choice
@@ -104,7 +106,7 @@ def _under_policy(
     # replicas count the same tokens several times, in numerator and denominator alike
     dist.all_reduce(choice.sums_L4)
     share = active_share(config.model, choice.mean_active("mlp"), choice.mean_active("attention"))
-    return {"perplexity": math.exp(loss), "active_share": share}
+    return {"perplexity": finite(perplexity_of(loss)), "active_share": share}
 
 
 def _mean_loss(engine: Engine, batches: Sequence[Sequence[Batch]], batch_done: Callable[[], None]) -> float:

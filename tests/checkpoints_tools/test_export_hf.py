@@ -103,6 +103,7 @@ def test_configuration_tokenizer_and_card_tell_of_the_run(run: Run, tmp_path: Pa
         "| Tokens | 1,792 |",
         "| Loss | 2.3457 |",
         "| topk | 12.346 | 51.2 % |",
+        "| threshold | not finite | 25.0 % |",
         "num_experts: 5",
     ):
         assert fact in card

@@ -222,6 +222,17 @@ def test_a_line_that_is_cut_short_is_left_out_with_a_word(tmp_path: Path, capsys
     assert "40" in page.cells
 
 
+def test_a_validation_of_a_diverged_model_is_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        policies = {"dense": {"perplexity": None, "active_share": 1.0}}
+        file.write(json.dumps({"step": STEPS, "validation_loss": 800.0, "policies": policies}) + "\n")
+
+    page = report(tmp_path / "report.html", run)
+
+    assert "3.0000" in page.cells
+
+
 def test_a_run_without_expert_use_says_what_is_not_shown(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / "expert_use.jsonl").unlink()

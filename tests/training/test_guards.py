@@ -72,6 +72,7 @@ def test_many_in_a_row_stop_the_run(worker_pool: WorkerPool, small_data: SmallDa
 
     assert len(set(texts)) == 1
     assert f"TrainingError: steps {first} to {first + 1}: 2 updates in a row were left out" in texts[0]
+    assert texts[0].endswith("the samples of these steps: look at them, or lower optimizer.lr")
     assert "\n" not in texts[0]
     batches = json.loads((tmp_path / "post_mortem" / "batches.json").read_text())
     assert [batch["step"] for batch in batches] == [first, first + 1]

@@ -185,6 +185,21 @@ def test_keeps_the_newest_checkpoints(worker_pool: WorkerPool, small_data: Small
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
 
 
+def test_a_diverged_run_still_validates_and_saves(
+    worker_pool: WorkerPool, small_data: SmallData, tmp_path: Path
+) -> None:
+    """With such weights the loss is some thousands of nats."""
+    config = run_config(small_data, tmp_path, model={"initializer_range": 100.0}, train={"steps": 1})
+
+    (printed,) = worker_pool.run(1, pretrain_job, config)
+
+    (validation,) = (line for line in read_lines(tmp_path) if "validation_loss" in line)
+    assert validation["validation_loss"] > 709
+    assert {figures["perplexity"] for figures in validation["policies"].values()} == {None}
+    assert "dense: perplexity not finite at 100% active" in printed
+    assert (tmp_path / "latest").read_text().strip() == "step_00000001"
+
+
 def test_baselines_train_and_validate(worker_pool: WorkerPool, small_data: SmallData, tmp_path: Path) -> None:
     gqa = {"attention_type": "gqa"}
     models: dict[str, dict[str, Any]] = {
