@@ -60,12 +60,12 @@ def begin(engine: Engine, config: Config, tokenizer: Tokenizer, run_dir: Path, s
     if choice is not None:
         with raised_on_every_rank():
             has_optimizer = has_optimizer_state(choice.folder)
-            if has_optimizer:
-                progress = read_progress(choice.folder)
+            progress = read_progress(choice.folder)
+            if progress.step:
                 _check_batch_size(config, choice.folder)
     train_data, validation_data = _open_data(config, tokenizer, progress, choice, say)
     if choice is not None:
-        _load(engine, config, choice, has_optimizer, say)
+        _load(engine, config, choice, has_optimizer, progress.step, say)
     return Beginning(progress, train_data, validation_data, choice.faults if choice is not None else [])
 
 
@@ -135,14 +135,16 @@ def _open_data(
     return train, validation
 
 
-def _load(engine: Engine, config: Config, choice: Choice, has_optimizer: bool, say: Say) -> None:
+def _load(engine: Engine, config: Config, choice: Choice, has_optimizer: bool, step: int, say: Say) -> None:
     unchecked = "" if choice.is_checked else " (of an earlier version, without a manifest: its values are not checked)"
     with raised_on_every_rank():
         if has_optimizer:
             load_checkpoint(engine, config, choice.folder)
         else:
-            load_weights(engine, config, choice.folder)
+            load_weights(engine, config, choice.folder, step)
     if has_optimizer:
         say(f"resumed from {choice.folder}{unchecked}")
+    elif step:
+        say(f"resumed from {choice.folder}{unchecked}: no update was applied up to step {step}")
     else:
         say(f"started from {choice.folder}{unchecked}: weights alone, so the optimizer is fresh and this is step 0")

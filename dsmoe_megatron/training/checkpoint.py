@@ -64,7 +64,7 @@ def check_disk_space(run_dir: Path, parameters: int, config: Config) -> None:
 
 
 def has_optimizer_state(folder: Path) -> bool:
-    """Whether a step folder holds more than weights; an imported model's does not.
+    """Whether a step folder holds more than weights; an imported model's, or one before the first update, does not.
 
     Raises:
         CheckpointError: its table of contents cannot be read.
@@ -87,8 +87,13 @@ def load_checkpoint(engine: Engine, config: Config, folder: Path) -> Progress:
     return progress
 
 
-def load_weights(engine: Engine, config: Config, folder: Path) -> None:
+def load_weights(engine: Engine, config: Config, folder: Path, step: int) -> None:
     """Load a step folder that holds weights alone, saved under any layout; the optimizer stays as new.
+
+    Args:
+        engine, config: to load into.
+        folder: an imported model, or a checkpoint from before the first update.
+        step: to set the schedule to.
 
     Raises:
         CheckpointError: as load_checkpoint.
@@ -97,7 +102,7 @@ def load_weights(engine: Engine, config: Config, folder: Path) -> None:
     names = _names_on_all_ranks(shards)
     check_same_architecture(folder, config.model)
     _fill(shards, names, folder)
-    engine.weights_loaded()
+    engine.weights_loaded(step)
 
 
 def sharded_tensors(state: dict[str, Any]) -> list[ShardedTensor]:

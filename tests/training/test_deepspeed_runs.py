@@ -306,7 +306,7 @@ def weights_alone_job(giver: Config, takers: list[Config], run_dir: Path) -> lis
             engine = build_engine(taker, torch.device("cpu"))
             batch = micro_batches(taker, 0, rank, ranks)
             engine.evaluate(batch)  # from now on stage 3 keeps small weights whole
-            load_weights(engine, taker, step_folder(run_dir, 0))
+            load_weights(engine, taker, step_folder(run_dir, 0), step=0)
             losses.append((engine.train_step(batch).lm_loss, engine.evaluate(batch)))
     return losses
 

@@ -62,6 +62,25 @@ def test_guards_resume_exactly(worker_pool: WorkerPool, small_data: SmallData, t
     assert training_lines(resumed) == {step: lines[step] for step in (6, 7, 8)}
 
 
+def test_a_checkpoint_from_before_the_first_update_is_resumed_too(
+    worker_pool: WorkerPool, small_data: SmallData, tmp_path: Path
+) -> None:
+    """It holds weights alone, as an imported model does, but its run has come further."""
+    sections: dict[str, Any] = {"train": {"steps": 4}, "checkpoint": {"interval": 2, "keep_last": 0}}
+    damages = {1: "nan loss", 2: "nan gradient"}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    worker_pool.run(1, damaged_job, run_config(small_data, whole, **sections), damages)
+    folder = whole / "checkpoints" / "step_00000002"
+    sections["checkpoint"]["load"] = str(folder)
+
+    (printed,) = worker_pool.run(1, damaged_job, run_config(small_data, resumed, **sections), damages)
+
+    lines = training_lines(whole)
+    assert [lines[step]["skipped_updates"] for step in range(1, 5)] == [1, 2, 2, 2]
+    assert f"resumed from {folder}: no update was applied up to step 2" in printed
+    assert training_lines(resumed) == {step: lines[step] for step in (3, 4)}
+
+
 @pytest.mark.parametrize("first", [1, 4])
 def test_many_in_a_row_stop_the_run(worker_pool: WorkerPool, small_data: SmallData, tmp_path: Path, first: int) -> None:
     sections: dict[str, Any] = {"train": {"steps": 8, "stop_after_skipped": 2}}

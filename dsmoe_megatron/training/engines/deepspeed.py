@@ -132,13 +132,17 @@ class DeepSpeedEngine:
         self.partitions.set_step_count(saved_step_count(common["optimizer"]) or step)
         self.partitions.weights_changed()
         self.has_optimizer_state = True
-        self.schedule.num_steps = 0
-        self.schedule.step(increment=step)
+        self._set_schedule(step)
 
-    def weights_loaded(self) -> None:
-        """Take over weights that have been read into those of `sharded_weights`; the optimizer stays at step 0."""
+    def weights_loaded(self, step: int) -> None:
+        """Take over weights that have been read into those of `sharded_weights`; the optimizer stays as new."""
         self.zero.optimizer.refresh_fp32_params()  # else the first update would bring the old ones back
         self.partitions.weights_changed()
+        self._set_schedule(step)
+
+    def _set_schedule(self, step: int) -> None:
+        self.schedule.num_steps = 0
+        self.schedule.step(increment=step)
 
 
 class _Zero(deepspeed.DeepSpeedEngine):

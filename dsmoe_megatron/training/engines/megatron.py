@@ -177,13 +177,17 @@ class MegatronEngine:
         """Take over a checkpoint whose tensors have been read into those of `sharded_state`."""
         load_step_count(self.optimizer, common["optimizer"])
         self.has_optimizer_state = True
-        self.schedule.num_steps = 0
-        self.schedule.step(increment=step)
+        self._set_schedule(step)
 
-    def weights_loaded(self) -> None:
-        """Take over weights that have been read into those of `sharded_weights`; the optimizer stays at step 0."""
+    def weights_loaded(self, step: int) -> None:
+        """Take over weights that have been read into those of `sharded_weights`; the optimizer stays as new."""
         # the optimizer has master copies of bf16 weights: without this the first step would bring the old ones back
         self.optimizer.reload_model_params()
+        self._set_schedule(step)
+
+    def _set_schedule(self, step: int) -> None:
+        self.schedule.num_steps = 0
+        self.schedule.step(increment=step)
 
 
 def _loss_and_report(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

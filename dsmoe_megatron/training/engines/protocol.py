@@ -82,5 +82,9 @@ class Engine(Protocol):
             step: to set the schedule to.
         """
 
-    def weights_loaded(self) -> None:
-        """Take over weights that have been read into those of `sharded_weights`; the optimizer stays at step 0."""
+    def weights_loaded(self, step: int) -> None:
+        """Take over weights that have been read into those of `sharded_weights`; the optimizer stays as new.
+
+        Args:
+            step: to set the schedule to.
+        """
