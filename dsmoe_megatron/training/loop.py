@@ -221,6 +221,7 @@ class TrainingRun:
         self.profiler.close()
 
     def _report_save(self, report: SaveReport) -> None:
+        self.beat(f"the save of step {report.step}")
         if dist.get_rank() == 0:
             print(report, file=sys.stdout if report.failure is None else sys.stderr, flush=True)
         if self.metrics is not None:

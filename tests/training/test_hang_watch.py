@@ -7,8 +7,12 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
+from dsmoe_megatron.config import Config
 from dsmoe_megatron.training.hang_watch import HangWatch
+from tests.pretrain_job import SmallData, pretrain_job, run_config
+from tests.worker_pool import WorkerPool
 
 LIMIT_SECONDS = 0.4
 
@@ -53,6 +57,29 @@ def test_every_rank_leaves_its_stack_and_one_of_them_a_line(tmp_path: Path) -> N
     assert "no progress for 0.00666667 minutes (train.timeout_minutes) after step 3: rank 0 on" in line
     assert "is in read_a_batch_for_ever (" in line
     assert "rank 2 does not answer (stopped, killed or its node lost)" in line
+
+
+def beats_job(config: Config) -> list[str]:
+    """Train; returns what this rank told its watch."""
+    beats: list[str] = []
+    pretrain_job(config, prepare=lambda run: setattr(run, "beat", beats.append))
+    return beats
+
+
+def test_a_step_a_validation_and_a_save_have_the_limit_each(
+    worker_pool: WorkerPool, small_data: SmallData, tmp_path: Path
+) -> None:
+    sections: dict[str, Any] = {
+        "evaluation": {"batches": 1, "policies": []},
+        "checkpoint": {"interval": 1, "asynchronous": False},
+    }
+    config = run_config(small_data, tmp_path, train={"steps": 2}, **sections)
+
+    for beats in worker_pool.run(2, beats_job, config):
+        assert beats == [
+            *("step 1", "the save of step 1"),
+            *("step 2", "a batch of the validation at step 2", "the save of step 2"),
+        ]
 
 
 def test_a_run_that_gets_on_is_left_alone(tmp_path: Path) -> None:
