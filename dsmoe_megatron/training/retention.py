@@ -4,6 +4,7 @@ Only `step_NNNNNNNN` is a checkpoint. One that is being written, or removed, has
 """
 
 import shutil
+import sys
 from pathlib import Path
 
 from dsmoe_megatron.durable import sync
@@ -26,6 +27,8 @@ def put_in_place(unfinished: Path, final: Path) -> None:
 def forget_old(run_dir: Path, step: int, keep_last: int, keep_every: int) -> None:
     """Remove all but the newest checkpoints and those of every so many steps.
 
+    One that cannot be removed is said in one line and left to `clean_up`: what was saved is whole all the same.
+
     Args:
         run_dir: of the run.
         step: that the run is at; later ones, of before it went back, are left alone.
@@ -37,8 +40,16 @@ def forget_old(run_dir: Path, step: int, keep_last: int, keep_every: int) -> Non
         if not keep_every or (saved_step(folder) or 0) % keep_every:
             # under its own name a half removed one would be taken for a checkpoint
             doomed = folder.with_name(folder.name + UNFINISHED)
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
+            try:
+                folder.rename(doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:  # over NFS a folder stays while another process holds a file of it open
+                reason = error.strerror or error
+                print(
+                    f"WARNING: {folder}: an old checkpoint cannot be removed ({reason}); the next start tries it again",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 def clean_up(run_dir: Path) -> None:

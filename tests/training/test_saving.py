@@ -1,7 +1,9 @@
 """Checkpoints that survive: saved beside the training, checked before they are loaded, kept as long as asked for."""
 
+import errno
 import functools
 import json
+import os
 import resource
 import shutil
 import time
@@ -415,6 +417,31 @@ def test_which_checkpoints_stay(tmp_path: Path, keep_last: int, keep_every: int,
     # 900 is of before the run went back, which is not for the saving to judge
     steps = [f"step_{step:08d}" for step in (*kept, 900)]
     assert names(tmp_path) == sorted([*steps, "step_00000100.damaged"])
+
+
+def test_an_old_checkpoint_that_stays_is_said_and_removed_by_the_next_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_steps(tmp_path, 100, 200, 300)
+    remove = shutil.rmtree
+
+    def as_on_nfs(folder: Path) -> None:
+        """While somebody reads a checkpoint there; a file server cannot be made here: its answer is."""
+        if "step_00000200" in folder.name:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
+        remove(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", as_on_nfs)
+        forget_old(tmp_path, 300, keep_last=1, keep_every=0)
+
+    assert names(tmp_path) == ["step_00000200.unfinished", "step_00000300"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"WARNING: {tmp_path}/checkpoints/step_00000200: an old checkpoint cannot be removed (Dir")
+
+    clean_up(tmp_path)
+
+    assert names(tmp_path) == ["step_00000300"]
 
 
 def test_remains_of_a_killed_run_are_removed_and_a_checkpoint_that_stood_aside_comes_back(tmp_path: Path) -> None:
