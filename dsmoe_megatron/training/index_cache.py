@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from dsmoe_megatron.errors import DataError
+from dsmoe_megatron.training.run_lock import LOCKS_UNKNOWN
 
 RECORD = "record.json"
 RECORD_FORMAT = 1
@@ -83,7 +84,7 @@ class IndexCache:
             What `build` returned; None where there was nothing to build.
 
         Raises:
-            DataError: the cache folder cannot be written.
+            DataError: the cache folder cannot be written, or not locked.
         """
         if self.fault() is None:
             return None
@@ -114,6 +115,11 @@ class IndexCache:
         except Timeout:
             say(f"{self.folder}: waiting for another job that builds these sample indices")
             lock.acquire()
+        except OSError as error:
+            if error.errno not in LOCKS_UNKNOWN:
+                raise
+            rule = "its file system knows no locks, by which jobs build sample indices once"
+            raise DataError(f"{self.cache_dir}: {rule}; set data.cache_dir to a folder on another one") from error
         try:
             yield
         finally:

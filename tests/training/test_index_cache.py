@@ -1,6 +1,8 @@
 """Sample indices are there whole or not at all: damage, crashes and rivals change no sample that is trained on."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +22,7 @@ import torch
 from dsmoe_megatron.config import Config
 from dsmoe_megatron.errors import DataError
 from dsmoe_megatron.runtime.distributed import group_of_one
+from dsmoe_megatron.training.index_cache import IndexCache
 from tests.pretrain_job import SmallData, refused_job, run_config
 from tests.worker_pool import WorkerPool
 
@@ -330,6 +333,20 @@ def test_a_folder_that_cannot_be_written_is_one_line(
             assert f"Error: {cache_dir}: sample indices cannot be written" in text
             assert "data.cache_dir" in text
             assert "\n" not in text
+
+
+def test_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system of a mount without locks cannot be made here: its answer is."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+    with pytest.raises(DataError, match="file system knows no locks") as raised:
+        IndexCache(tmp_path, "train", {}).make(lambda _: None, print)
+    assert str(raised.value).startswith(f"{tmp_path}: ")
+    assert str(raised.value).endswith("; set data.cache_dir to a folder on another one")
 
 
 def full_disk_job(config: Config, cache_dir: Path) -> str:
