@@ -96,7 +96,8 @@ class _TensorBoard:
 class _WeightsAndBiases:
     """One W&B run per run folder: its id is kept there, and a resumed run goes on under it.
 
-    W&B takes no step back: steps that it has had are not sent again.
+    W&B takes no step back: steps that it has had before are not sent again, and what comes late, as the report of a
+    save that ran beside later steps, is a point of the newest step.
     """
 
     def __init__(self, run_dir: Path, config: Config, logged_step: int) -> None:
@@ -106,7 +107,7 @@ class _WeightsAndBiases:
         known = kept.is_file()
         if not known:
             kept.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
-        self.logged_step = logged_step if known else 0
+        self.logged_step = self.newest_step = logged_step if known else 0
         self.run: Any = wandb.init(
             project=section.project,
             entity=section.entity,
@@ -124,7 +125,8 @@ class _WeightsAndBiases:
 
     def points(self, step: int, values: dict[str, float]) -> None:
         if step > self.logged_step:
-            self.run.log(values, step=step)
+            self.newest_step = max(self.newest_step, step)
+            self.run.log(values, step=self.newest_step)
 
     def close(self) -> None:
         self.run.finish()

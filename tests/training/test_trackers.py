@@ -136,6 +136,24 @@ def test_a_tracker_that_fails_later_is_switched_off(wandb_at_home: Path) -> None
     assert said[0].startswith("warning: Weights & Biases is off, the run goes on without it: UsageError")
 
 
+def test_a_save_that_is_reported_late_is_a_point_of_the_newest_step(wandb_at_home: Path) -> None:
+    import wandb
+
+    running = trackers(wandb_at_home, True, [])
+
+    for step, values in ((3, {"loss": 3.0}), (4, {"loss": 2.0}), (3, {"save_s": 0.5}), (5, {"loss": 1.0})):
+        running.points(step, values)
+    running.close()
+    wandb.teardown()  # writes what waits
+
+    (points,) = wandb_history(wandb_at_home).values()
+    assert [(point["_step"], point.get("loss"), point.get("save_s")) for point in points] == [
+        (3, 3.0, None),
+        (4, 2.0, 0.5),
+        (5, 1.0, None),
+    ]
+
+
 @pytest.mark.parametrize("key", [None, KEY], ids=["no key", "no server"])
 def test_a_key_is_never_told(
     wandb_at_home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], key: str | None
