@@ -190,7 +190,11 @@ def test_qwen2_moe_computes_the_same(tmp_path: Path, tokenizer_folder: Path, tra
         (replace(QWEN, head_dim=8), {}, "model.head_dim = 8: "),
         (QWEN, {"expert_policy": "threshold"}, "expert_policy = 'threshold': Qwen2-MoE knows only topk"),
         (QWEN, {"expert_policy": "dense"}, "expert_policy = 'dense': "),
-        (QWEN, {"expert_policy_layers": [{"mlp": {"k": 1}}, {"mlp": {"k": 2}}]}, "one K for all layers"),
+        (
+            QWEN,
+            {"num_experts_per_tok": None, "expert_policy_layers": [{"mlp": {"k": 1}}, {"mlp": {"k": 2}}]},
+            "one K for all layers",
+        ),
     ],
 )
 def test_what_qwen2_moe_has_not_is_named(
