@@ -162,7 +162,7 @@ def active_per_token(runs: Sequence[Run]) -> Figure | None:
         if thresholds := _thresholds(run):
             name, figures = thresholds[len(thresholds) // 2]
             panels += [
-                (f"{run.name}, {name}: {KINDS[kind]}", routers)
+                (f"{run.name}, {name}\n{KINDS[kind]}", routers)
                 for kind in KINDS
                 if (routers := [router for router in figures["routers"] if router["kind"] == kind])
             ]
@@ -193,7 +193,7 @@ def specialisation(runs: Sequence[Run]) -> Figure | None:
 def balance(runs: Sequence[Run]) -> Figure | None:
     """N x the mean probability of each expert at the end of training: 1 is even use."""
     panels = [
-        (f"{run.name}: {KINDS[kind]}", routers) for run in runs for kind in KINDS if (routers := _routers(run, kind))
+        (f"{run.name}\n{KINDS[kind]}", routers) for run in runs for kind in KINDS if (routers := _routers(run, kind))
     ]
     if not panels:
         return None
@@ -284,6 +284,8 @@ def _coloured(runs: Sequence[Run]) -> Iterator[tuple[Run, str]]:
 def _curve(axes: Axes, run: Run, points: Sequence[tuple[int, float]], **style: Any) -> None:
     """Against the tokens seen, in millions."""
     finite = [(run.tokens_at(step) / 1e6, value) for step, value in points if math.isfinite(value)]
+    if len(finite) == 1:  # a line of one point would not be seen
+        style = {"marker": "o", **style}
     if finite:
         axes.plot(*_columns(_thinned(finite)), **{"linewidth": 1.5, **style})
 

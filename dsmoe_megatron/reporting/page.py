@@ -22,7 +22,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #e4e6e8; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .names :is(th, td):nth-child(-n+3) { text-align: left; }
-thead th { border-bottom: 2px solid #9aa3aa; }
+thead th { border-bottom: 2px solid #9aa3aa; white-space: normal; vertical-align: bottom; }
 .remarks { background: #fff6e0; padding: .5rem 1rem; border-left: 4px solid #d9a300; }
 """
 
@@ -77,9 +77,12 @@ SECTIONS = (
 )
 
 
+FEW = 3  # runs whose names fit side by side
+
+
 def page(runs: Sequence[Run]) -> str:
     """The whole HTML document."""
-    title = "Report of " + ", ".join(run.name for run in runs)
+    title = "Report of " + (f"{len(runs)} runs" if len(runs) > FEW else ", ".join(run.name for run in runs))
     body = [f"<h1>{html.escape(title)}</h1>", _remarks(runs), "<h2>Final figures</h2>", _table(runs), _policies(runs)]
     missing = []
     for section in SECTIONS:
@@ -113,7 +116,7 @@ def _remarks(runs: Sequence[Run]) -> str:
 
 
 def _table(runs: Sequence[Run]) -> str:
-    """A column per run."""
+    """A column per run, a row per run where there are many."""
     rows: list[tuple[str, list[str]]] = [
         ("parameters without embeddings", [_number(run.parameters, 1e6, "M") for run in runs]),
         ("steps", [f"{run.training[-1]['step']:,}" if run.training else "" for run in runs]),
@@ -126,7 +129,9 @@ def _table(runs: Sequence[Run]) -> str:
         ),
         ("tokens per second, median", [_median_speed(run) for run in runs]),
     ]
-    return _html_table(["", *(run.name for run in runs)], [[name, *cells] for name, cells in rows if any(cells)])
+    table = [["", *(run.name for run in runs)], *([name, *cells] for name, cells in rows if any(cells))]
+    header, *lines = table if len(runs) <= FEW else [list(line) for line in zip(*table, strict=True)]
+    return _html_table(header, lines)
 
 
 def _policies(runs: Sequence[Run]) -> str:

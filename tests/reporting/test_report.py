@@ -152,7 +152,7 @@ def test_one_page_shows_everything_and_loads_nothing(tmp_path: Path) -> None:
     assert page.pictures == len(page.headings) - 1
     for cell in ("3.2500", "3.0000", "-0.4000", "4,096", "40", "21.750", "40.0%", "threshold 0.48", "20.480"):
         assert cell in page.cells
-    assert "mine, threshold 0.48: MLP experts" in page.texts
+    assert "mine, threshold 0.48" in page.texts
 
 
 def test_several_runs_share_the_axes_and_their_names_are_text(tmp_path: Path) -> None:
@@ -202,6 +202,18 @@ def test_evaluations_on_other_data_are_other_curves_and_none_counts_twice(tmp_pa
     curves = [ys for line in figure.axes[0].lines if len(ys := np.asarray(line.get_ydata())) > 1]
     np.testing.assert_allclose(curves, [[51.0, 50.48, 50.3], [21.0, 20.48, 20.3]])
     assert report(tmp_path / "page.html", run).cells.count("evaluation_code") == 3  # a row per policy
+
+
+def test_many_runs_have_a_row_each(tmp_path: Path) -> None:
+    names = [f"run_{number}_with_a_long_name" for number in range(4)]
+    for name in names:
+        write_run(tmp_path / name)
+
+    page = report(tmp_path / "page.html", tmp_path)
+
+    assert page.cells[:3] == ["parameters without embeddings", "steps", "tokens"]
+    assert [cell for cell in page.cells if cell in names][:4] == names
+    assert "Report of 4 runs" in page.texts
 
 
 def test_a_line_that_is_cut_short_is_left_out_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
