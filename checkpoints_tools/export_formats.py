@@ -149,8 +149,7 @@ def exported_config(
 
 
 def _trained_experts_per_tok(model: ModelConfig) -> int | None:
-    is_sparse = model.has_mlp_router and model.expert_training == "sparse"
-    return model.num_experts_per_tok if is_sparse else None
+    return model.num_experts_per_tok if model.expert_training == "sparse" else None
 
 
 def _qwen2_moe_values(model: ModelConfig, policy: ExpertPolicy) -> dict[str, Any]:

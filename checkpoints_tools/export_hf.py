@@ -300,11 +300,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     arguments = vars(build_parser().parse_args())
     names = {field.name for field in dataclasses.fields(ExpertPolicy)}
-    options: Any = {name: value for name, value in arguments.items() if name in names and value is not None}
+    given = {name: value for name, value in arguments.items() if name in names and value is not None}
+    options: dict[str, Any] | ExpertPolicy = given
     dtype = DTYPES[arguments["dtype"]] if arguments["dtype"] else None
     try:
         if arguments["policy_file"] is not None:
-            if options:
+            if given:
                 rule = "names the whole policy; leave the other policy options out"
                 raise ConfigurationError("--policy-file", str(arguments["policy_file"]), rule)
             options = read_policy_file(arguments["policy_file"])

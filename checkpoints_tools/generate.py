@@ -47,11 +47,11 @@ def generate(
     _check_lengths(prompt, inputs.input_ids.shape[1], max_new_tokens, model.config.max_position_embeddings)
     length = min(PREFILL_TOKENS, model.config.max_position_embeddings)
     window = inputs.input_ids.repeat(1, length // inputs.input_ids.shape[1] + 1)[:, :length]
-    own = (getattr(model.config, "expert_policy", None), getattr(model.config, "expert_policy_layers", None))
+    own_policy, own_layers = (getattr(model.config, name, None) for name in ("expert_policy", "expert_policy_layers"))
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     results = []
     for policy in policies:
-        _set_policy(model, policy, own[1] if policy == own[0] else None)
+        _set_policy(model, policy, own_layers if policy == own_policy else None)
         with torch.no_grad():
             model(window, logits_to_keep=1)  # warm up
             started = time.perf_counter()

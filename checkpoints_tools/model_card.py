@@ -9,6 +9,7 @@ import yaml
 from dsmoe_megatron.config import Config, ModelConfig
 from dsmoe_megatron.config_parsing import to_dict
 from dsmoe_megatron.inference.policy import ExpertPolicy
+from dsmoe_megatron.perplexity import shown
 from dsmoe_megatron.planning.parameters import active_parameters, count_parameters
 from dsmoe_megatron.recipe_text import recipe_text
 from dsmoe_megatron.run_folder import Progress
@@ -132,17 +133,13 @@ def _training_rows(config: Config, progress: Progress) -> Iterator[tuple[str, st
 def _validation(line: Mapping[str, Any] | None) -> str:
     if line is None:
         return "The run had no validation."
-    rows = [("Step", f"{line['step']:,}"), ("Loss", _number(line["validation_loss"], ".4f"))]
+    rows = [("Step", f"{line['step']:,}"), ("Loss", shown(line["validation_loss"], ".4f"))]
     policies = "\n".join(
-        f"| {name} | {_number(figures['perplexity'], '.3f')} | {100 * figures['active_share']:.1f} % |"
+        f"| {name} | {shown(figures['perplexity'], '.3f')} | {100 * figures['active_share']:.1f} % |"
         for name, figures in line["policies"].items()
     )
     header = "| Policy | Perplexity | Active share of the parameters without embeddings |\n|---|---|---|"
     return f"{_table(rows)}\n\n{header}\n{policies}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "not finite" if value is None else format(value, form)
 
 
 def _architecture_rows(model: ModelConfig, export: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -23,6 +23,8 @@ from dsmoe_megatron.tokenizers import Tokenizer, load_tokenizer
 
 MANIFEST_ENDING = ".manifest.json"  # after the prefix
 MANIFEST_FORMAT = 1
+DATA_FILES = ("bin", "idx")
+REPLACING = "choose another --output-prefix, or replace it with --overwrite"
 MANIFEST_CONTENT: dict[str, Any] = {  # what every reader may rely on
     "format": int,
     "documents": int,
@@ -30,7 +32,7 @@ MANIFEST_CONTENT: dict[str, Any] = {  # what every reader may rely on
     "text_bytes": int,
     "dtype": str,
     "tokenizer": {"spec": str, "kind": str, "vocab_size": int, "fingerprint": str, "end_of_document_id": int},
-    "files": {name: {"bytes": int, "sha256": str} for name in ("bin", "idx")},
+    "files": {name: {"bytes": int, "sha256": str} for name in DATA_FILES},
     "sources": list,
     "options": {"special_tokens": str, "end_of_document": str},
     "checksum": str,
@@ -141,26 +143,39 @@ def existing_manifest(prefix: str, planned: dict[str, Any]) -> dict[str, Any] | 
         DataError: something else is there, which may be somebody's only copy.
     """
     path = manifest_path(prefix)
-    data_files = {name: dataset_path(prefix, name) for name in ("bin", "idx")}
-    advice = "choose another --output-prefix, or replace it with --overwrite"
     if not path.exists():
-        for file in data_files.values():
+        for file in (dataset_path(prefix, name) for name in DATA_FILES):
             if file.exists():
-                raise DataError(f"{file} is there without {path.name}, so it may be unfinished: {advice}")
+                raise DataError(f"{file} is there without {path.name}, so it may be unfinished: {REPLACING}")
         return None
 
     try:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
         differences = different_parts(planned, manifest)
-        sizes = {name: manifest["files"][name]["bytes"] for name in data_files}
+        sizes = sizes_of(manifest)
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no manifest of this program: {advice}") from error
+        raise DataError(f"{path} is no manifest of this program: {REPLACING}") from error
     if differences:
-        raise DataError(f"{path}: the dataset there was made with other {' and '.join(differences)}: {advice}")
-    for name, file in data_files.items():
-        if not file.exists() or file.stat().st_size != sizes[name]:
-            raise DataError(f"{file} is not the {sizes[name]} bytes that {path.name} tells: {advice}")
+        raise DataError(f"{path}: the dataset there was made with other {' and '.join(differences)}: {REPLACING}")
+    require_sizes(prefix, sizes)
     return manifest
+
+
+def sizes_of(manifest: dict[str, Any]) -> dict[str, int]:
+    """Bytes of the dataset's files, by their ending."""
+    return {name: manifest["files"][name]["bytes"] for name in DATA_FILES}
+
+
+def require_sizes(prefix: str, sizes: dict[str, int]) -> None:
+    """Refuse a dataset whose files are not as long as its manifest tells.
+
+    Raises:
+        DataError: names the file.
+    """
+    for name, size in sizes.items():
+        file = dataset_path(prefix, name)
+        if not file.exists() or file.stat().st_size != size:
+            raise DataError(f"{file} is not the {size} bytes that {manifest_path(prefix).name} tells: {REPLACING}")
 
 
 def different_parts(planned: dict[str, Any], manifest: dict[str, Any]) -> list[str]:

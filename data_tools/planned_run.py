@@ -17,6 +17,8 @@ from data_tools.manifest import (
     existing_manifest,
     planned_manifest,
     read_manifest,
+    require_sizes,
+    sizes_of,
 )
 from data_tools.opening import UnreadableInputError
 from data_tools.reading import read_piece
@@ -84,10 +86,14 @@ class PlannedRun:
     def _existing_sets(self) -> list[dict[str, Any]]:
         paths = sorted(glob.glob(f"{glob.escape(self.prefix)}_*{MANIFEST_ENDING}"))  # noqa: PTH207  # prefix and pattern
         prefixes = [path.removesuffix(MANIFEST_ENDING) for path in paths]
-        ours = [prefix for prefix in prefixes if not different_parts(self.manifest, read_manifest(prefix))]
-        found = [manifest for prefix in ours if (manifest := existing_manifest(prefix, self.manifest)) is not None]
-        is_whole = bool(found) and {manifest["set"] for manifest in found} == set(found[0]["all_sets"])
-        return found if is_whole else []
+        manifests = {prefix: read_manifest(prefix) for prefix in prefixes}
+        found = {prefix: each for prefix, each in manifests.items() if not different_parts(self.manifest, each)}
+        for prefix, manifest in found.items():
+            require_sizes(prefix, sizes_of(manifest))
+        sets = {manifest["set"] for manifest in found.values()}
+        # manifests of before do not tell all sets: what is there is made again, the same
+        is_whole = all(sets == set(manifest.get("all_sets", ())) for manifest in found.values())
+        return list(found.values()) if is_whole else []
 
     def _remove_leftovers(self) -> None:
         """Remove what a run of this plan left that was stopped after its last file, unless it is another's work."""

@@ -136,8 +136,9 @@ class Runner:
             file.write(json.dumps(cost | {"finished": finished}) + "\n")
         if cost["exit_status"] > 0 and not stopped:
             lines = (run_dir / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            write_whole(run_dir / FAILURE, f"{worker.stage}: {lines[-1] if lines else 'no output'}\n".encode())
-            tqdm.write(f"{worker.run.name}: {worker.stage} failed: {lines[-1] if lines else 'no output'}")
+            reason = lines[-1] if lines else "no output"
+            write_whole(run_dir / FAILURE, f"{worker.stage}: {reason}\n".encode())
+            tqdm.write(f"{worker.run.name}: {worker.stage} failed: {reason}")
             tqdm.write(f"remove {self.results / worker.run.name} to have it tried again")
         elif worker.stage != "evaluation" or not finished:
             return False

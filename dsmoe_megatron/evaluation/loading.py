@@ -147,7 +147,7 @@ def _load_step(step_folder: Path, dtype: torch.dtype | None) -> LoadedModel:
 
 def _reference_policy(architecture: ModelConfig) -> ExpertPolicy:
     """As the model was trained."""
-    if architecture.has_mlp_router and architecture.expert_training == "sparse":
+    if architecture.expert_training == "sparse":
         return ExpertPolicy("topk", num_experts_per_tok=architecture.num_experts_per_tok)
     return ExpertPolicy()
 

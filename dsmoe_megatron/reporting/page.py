@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from dsmoe_megatron.reporting import figures
 from dsmoe_megatron.reporting.records import Run
 
+FEW = 3  # runs whose names fit side by side
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2327; background: #fff; margin: 2rem auto; max-width: 64rem;
   padding: 0 1.5rem; }
@@ -75,9 +76,6 @@ SECTIONS = (
     Section("Expert balance", "Mean probability of each expert, times their number, at the end.", figures.balance),
     Section("Throughput", "Training steps alone, without validation and checkpoints.", figures.throughput),
 )
-
-
-FEW = 3  # runs whose names fit side by side
 
 
 def page(runs: Sequence[Run]) -> str:

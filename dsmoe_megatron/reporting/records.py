@@ -1,12 +1,11 @@
 """What runs have left to read: metrics.jsonl, expert_use.jsonl, config.yaml, and results of `evaluate`."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from dsmoe_megatron.config import ModelConfig
 from dsmoe_megatron.config_parsing import load_config
@@ -55,10 +54,13 @@ class Run:
         """Tokens that the run had seen at a step, between two lines as if each step took the same number."""
         if not self.training:
             return step
-        steps, tokens = ([0, *(line[key] for line in self.training)] for key in ("step", "tokens"))
-        if step > steps[-1]:
-            return float(step * tokens[-1] / steps[-1])
-        return float(np.interp(step, steps, tokens))
+        after = bisect_left(self.training, step, key=lambda line: line["step"])
+        start = self.training[after - 1] if after else {"step": 0, "tokens": 0}
+        if after == len(self.training):
+            return float(step * start["tokens"] / start["step"])
+        end = self.training[after]
+        tokens_per_step = (end["tokens"] - start["tokens"]) / (end["step"] - start["step"])
+        return float(start["tokens"] + (step - start["step"]) * tokens_per_step)
 
 
 def read_runs(folders: Sequence[Path], evaluations: Sequence[Path]) -> list[Run]:

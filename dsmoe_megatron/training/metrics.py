@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_megatron.config import Config
+from dsmoe_megatron.perplexity import shown
 from dsmoe_megatron.training.trackers import Say, Trackers
 
 METRICS, EXPERT_USE = "metrics.jsonl", "expert_use.jsonl"
@@ -125,9 +126,9 @@ def progress_line(line: dict[str, Any], steps: int) -> str:
     ]
     parts = [
         f"step {line['step']}/{steps}",
-        f"lm_loss {_number(line['lm_loss'], '.4f')}",
+        f"lm_loss {shown(line['lm_loss'], '.4f')}",
         *mutual_information,
-        f"grad_norm {_number(line['grad_norm'], '.3f')}",
+        f"grad_norm {shown(line['grad_norm'], '.3f')}",
         f"lr {line['learning_rate']:.2e}",
         f"{line['tokens_per_s']:,.0f} tokens/s",
         f"{line['model_tflops_per_s_per_device']:.3g} TFLOP/s per device",
@@ -137,16 +138,12 @@ def progress_line(line: dict[str, Any], steps: int) -> str:
     return " | ".join(parts)
 
 
-def _number(value: float | None, form: str) -> str:
-    return "not finite" if value is None else format(value, form)
-
-
 def validation_line(line: dict[str, Any]) -> str:
     """The terminal's view of a validation line."""
     policies = [
-        f"{name}: perplexity {_number(figures['perplexity'], '.2f')} at {figures['active_share']:.0%} active"
+        f"{name}: perplexity {shown(figures['perplexity'], '.2f')} at {figures['active_share']:.0%} active"
         for name, figures in line["policies"].items()
     ]
     return " | ".join(
-        [f"validation at step {line['step']}", f"loss {_number(line['validation_loss'], '.4f')}", *policies]
+        [f"validation at step {line['step']}", f"loss {shown(line['validation_loss'], '.4f')}", *policies]
     )

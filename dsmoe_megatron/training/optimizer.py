@@ -61,6 +61,12 @@ def build_schedule(section: OptimizerConfig, steps: int, optimizer: MegatronOpti
     )
 
 
+def set_schedule(schedule: OptimizerParamScheduler, step: int) -> None:
+    """As it is after so many steps."""
+    schedule.num_steps = 0
+    schedule.step(increment=step)
+
+
 def wrapped_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
     """The distributed optimizers inside a chain (one for the experts' weights, one for the rest), or the only one."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))

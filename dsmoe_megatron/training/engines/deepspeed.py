@@ -39,7 +39,7 @@ from dsmoe_megatron.training.engines.passes import (
 )
 from dsmoe_megatron.training.engines.protocol import Batch, StepResult
 from dsmoe_megatron.training.engines.zero_partitions import ZeroPartitions, optimizer_of_stage_3
-from dsmoe_megatron.training.optimizer import build_schedule
+from dsmoe_megatron.training.optimizer import build_schedule, set_schedule
 from dsmoe_megatron.training.optimizer_shards import places_of, saved_step_count
 
 LONGEST_BUILD_MINUTES = 10  # of DeepSpeed's Adam; one or two are usual
@@ -132,17 +132,13 @@ class DeepSpeedEngine:
         self.partitions.set_step_count(saved_step_count(common["optimizer"]) or step)
         self.partitions.weights_changed()
         self.has_optimizer_state = True
-        self._set_schedule(step)
+        set_schedule(self.schedule, step)
 
     def weights_loaded(self, step: int) -> None:
         """Take over weights that have been read into those of `sharded_weights`; the optimizer stays as new."""
         self.zero.optimizer.refresh_fp32_params()  # else the first update would bring the old ones back
         self.partitions.weights_changed()
-        self._set_schedule(step)
-
-    def _set_schedule(self, step: int) -> None:
-        self.schedule.num_steps = 0
-        self.schedule.step(increment=step)
+        set_schedule(self.schedule, step)
 
 
 class _Zero(deepspeed.DeepSpeedEngine):

@@ -28,7 +28,13 @@ from dsmoe_megatron.training.engines.passes import (
     sharded_weights_of,
 )
 from dsmoe_megatron.training.engines.protocol import Batch, StepResult
-from dsmoe_megatron.training.optimizer import build_optimizer, build_schedule, clip_gradients, wrapped_optimizers
+from dsmoe_megatron.training.optimizer import (
+    build_optimizer,
+    build_schedule,
+    clip_gradients,
+    set_schedule,
+    wrapped_optimizers,
+)
 from dsmoe_megatron.training.optimizer_shards import load_step_count, sharded_optimizer_state
 
 
@@ -177,17 +183,13 @@ class MegatronEngine:
         """Take over a checkpoint whose tensors have been read into those of `sharded_state`."""
         load_step_count(self.optimizer, common["optimizer"])
         self.has_optimizer_state = True
-        self._set_schedule(step)
+        set_schedule(self.schedule, step)
 
     def weights_loaded(self, step: int) -> None:
         """Take over weights that have been read into those of `sharded_weights`; the optimizer stays as new."""
         # the optimizer has master copies of bf16 weights: without this the first step would bring the old ones back
         self.optimizer.reload_model_params()
-        self._set_schedule(step)
-
-    def _set_schedule(self, step: int) -> None:
-        self.schedule.num_steps = 0
-        self.schedule.step(increment=step)
+        set_schedule(self.schedule, step)
 
 
 def _loss_and_report(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
