@@ -1,9 +1,9 @@
 """Makes the runs of the study, a few at a time, one thread each; may be stopped or killed at any moment.
 
 What is done is what lies in the results folder, one folder per run: a run folder without its checkpoints, small enough
-for the repository. A run that was stopped goes on from its own newest checkpoint. One that ended with an error of its
-own (a loss that is not finite, say) is kept as it ended, with the error, and not tried again until its results are
-removed.
+for the repository. A run that was stopped or killed goes on from its own newest checkpoint. One that ended with an
+error of its own (a loss that is not finite, say), or was killed again and again (for its memory, say), is kept as it
+ended, with the reason, and not tried again until its results are removed.
 """
 
 import contextlib
@@ -36,6 +36,7 @@ FAILURE = "failure.txt"
 LOG = "output.log"
 KEPT = ("config.yaml", "metrics.jsonl", "expert_use.jsonl", COST, EVALUATION, FAILURE)
 POLL_SECONDS = 0.5
+MOST_KILLS = 3  # of one run in a row
 
 
 @dataclass
@@ -134,9 +135,7 @@ class Runner:
         finished = cost["exit_status"] == 0 and (worker.stage != "training" or _is_trained(run_dir))
         with (run_dir / COST).open("a", encoding="utf-8") as file:
             file.write(json.dumps(cost | {"finished": finished}) + "\n")
-        if cost["exit_status"] > 0 and not stopped:
-            lines = (run_dir / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            reason = lines[-1] if lines else "no output"
+        if not stopped and (reason := _failure(run_dir)) is not None:
             write_whole(run_dir / FAILURE, f"{worker.stage}: {reason}\n".encode())
             tqdm.write(f"{worker.run.name}: {worker.stage} failed: {reason}")
             tqdm.write(f"remove {self.results / worker.run.name} to have it tried again")
@@ -160,6 +159,17 @@ class Runner:
 def _is_trained(run_dir: Path) -> bool:
     """Whether a training process ended because it was through, not because it was told to stop."""
     return any("validation_loss" in line for line in read_lines(run_dir / "metrics.jsonl"))
+
+
+def _failure(run_dir: Path) -> str | None:
+    """Why a run whose process has ended is not to go on; None if it is."""
+    statuses = [int(line["exit_status"]) for line in read_lines(run_dir / COST)]
+    if statuses[-1] > 0:
+        lines = (run_dir / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1] if lines else "no output"
+    if len(statuses) >= MOST_KILLS and max(statuses[-MOST_KILLS:]) < 0:
+        return f"killed {MOST_KILLS} times in a row, by signal {-statuses[-1]} the last time"
+    return None
 
 
 def _finished_stages(run_dir: Path) -> set[str]:

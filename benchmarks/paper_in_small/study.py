@@ -38,7 +38,7 @@ class PlannedRun:
 
     @property
     def family(self) -> str:
-        """dense, dsmoe or smoe."""
+        """dense, dsmoe, smoe or moa (attention experts alone)."""
         return self.model.split("_")[0]
 
 
@@ -58,9 +58,9 @@ class Policies:
     threshold_top_k: list[float]
 
     def arguments(self, run: PlannedRun) -> list[Any]:
-        """Options of `evaluate`; a sparse-trained model is tried with other K alone, a dense one as it is."""
+        """Options of `evaluate`; other K alone for a sparse-trained model, none for one without MLP experts."""
         options: list[Any] = ["--max-tokens", self.max_tokens]
-        if run.family != "dense":
+        if run.family in ("dsmoe", "smoe"):
             options += ["--top-k", *self.top_k]
         if run.family == "dsmoe":
             options += ["--thresholds", *self.thresholds, "--threshold-top-k", *self.threshold_top_k]

@@ -17,12 +17,14 @@ import pytest
 import yaml
 import zstandard
 
+from benchmarks.paper_in_small import runner
 from benchmarks.paper_in_small.claims import findings
 from benchmarks.paper_in_small.corpus import Part, collect
 from benchmarks.paper_in_small.document import document, picture_path, read_speed, write_document
 from benchmarks.paper_in_small.pictures import PICTURES
 from benchmarks.paper_in_small.results import Result, loss, read_results
-from benchmarks.paper_in_small.study import HERE, PlannedRun, read_study
+from benchmarks.paper_in_small.runner import Runner
+from benchmarks.paper_in_small.study import HERE, PlannedRun, Policies, Study, read_study
 from dsmoe_megatron.errors import EnvironmentNotSupportedError
 from tests.requirements import lacks
 
@@ -82,6 +84,21 @@ def test_the_study_is_made_whole_though_it_was_stopped(tmp_path: Path) -> None:
     for name in ("dense_4m", "dsmoe_4m_alpha_1e-2", "smoke", "Not made yet"):
         assert (f"| {name} " in text) == (name in ("dense_4m", "dsmoe_4m_alpha_1e-2"))
     assert len(list((tmp_path / "docs" / "images").iterdir())) == 3
+
+
+def test_a_run_that_is_killed_again_and_again_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = tmp_path / "starts"
+    kill_me = f"import os; open({str(starts)!r}, 'a').write('x'); os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(runner, "training_command", lambda *_: [sys.executable, "-c", kill_me])
+    run = PlannedRun("large", "dense_4m", 1, {})
+    study = Study("this_machine", Policies(1, [], [], []), [run])
+
+    assert Runner(study, tmp_path, tmp_path / "data.yaml", tmp_path / "results").make(1)
+
+    assert starts.read_text() == "xxx"
+    assert [result.failure for result in read_results(tmp_path / "results", study)] == [
+        "training: killed 3 times in a row, by signal 9 the last time"
+    ]
 
 
 def test_the_document_is_that_of_the_results() -> None:
