@@ -1,6 +1,6 @@
 """The paper in small: DS-MoE, dense and sparse-trained models of a size that a CPU can train, on equal terms.
 
-    python -m benchmarks.paper_in_small [--study FILE] [--folder DIR] [--results DIR] [--processes N]
+    python -m benchmarks.paper_in_small [--study FILE] [--folder DIR] [--results DIR] [--processes N] [--runs RUN ...]
 
 Makes the data, then the runs that are not done, then the document. May be stopped at any moment; the same command goes
 on. `make paper-small` is this.
@@ -31,6 +31,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--processes", type=PositiveInt, default=processes_of_this_machine(), help="runs at a time, a core each"
     )
+    parser.add_argument(
+        "--runs", type=str, nargs="+", metavar="RUN", help="these alone, in this order: name of the entry, _seed_, seed"
+    )
     return parser
 
 
@@ -39,6 +42,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         study = read_study(arguments.study)
+        if arguments.runs:
+            study = study.only(arguments.runs)
         data_recipe = make_data(arguments.folder, study)
         is_done = Runner(study, arguments.folder, data_recipe, arguments.results).make(arguments.processes)
     except DSMoEError as error:

@@ -6,17 +6,18 @@ shown otherwise.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from benchmarks.paper_in_small.results import Result, Spread, by_entry, loss
+from benchmarks.paper_in_small.result import Result, Spread, by_entry, by_group, loss
 
 EQUAL = 1.01  # as good as: up to one per cent above
 WITHIN = 1.05
-SIZES, FAMILIES = ("4m", "12m"), ("dense", "dsmoe", "smoe")
+FAMILIES = ("dense", "dsmoe", "smoe")
 SEEDS, CLOSE_SEEDS = 2, 3  # fewer show nothing; more are needed where the mean ratio is close to the limit
 CLOSE = 0.03
 ACTIVE = 0.4  # the share of the parameters that the claims are about
+SPARSE = 0.3  # and the one that shows how much sparsity a size tolerates
 
 
 @dataclass(frozen=True)
@@ -50,29 +51,20 @@ class Finding:
 
 
 def findings(results: Sequence[Result]) -> list[Finding]:
-    """All claims, for each size that has the models that they are about."""
-    entries = by_entry([result for result in results if result.evaluation is not None])
-    found: list[Finding] = []
-    best = {size: {family: _best(entries, family, size) for family in FAMILIES} for size in SIZES}
-    for size, of_size in best.items():
-        if of_size["dsmoe"]:
-            found += _of_size(size, **of_size)
-    small, large = (best[size]["dsmoe"] for size in SIZES)
-    if small and large:
-        found.append(_sizes(small, large))
-    return found
+    """All claims, for each group of comparable runs that has the models that they are about."""
+    results = [result for result in results if result.evaluation is not None]
+    groups = by_group(results)
+    best = {name: {family: best_of(runs, family) for family in FAMILIES} for name, runs in groups.items()}
+    found = [finding for name, models in best.items() if models["dsmoe"] for finding in _of_group(name, **models)]
+    return [*found, *_sizes(results)]
 
 
-def _best(entries: dict[str, list[Result]], family: str, size: str) -> list[Result]:
+def best_of(results: Sequence[Result], family: str) -> list[Result]:
     """The entry of a family with the least loss of its first seed under the policy that counts: the learning rate, the
     weight of the loss, the number of experts are chosen so.
     """
-    candidates = [
-        runs
-        for runs in entries.values()
-        if runs[0].run.family == family and runs[0].run.model.endswith(f"_{size}") and _score(runs[0]) is not None
-    ]
-    return min(candidates, key=lambda runs: _score(runs[0]) or math.inf, default=[])
+    entries = by_entry([result for result in results if result.run.family == family and _score(result) is not None])
+    return min(entries.values(), key=lambda runs: _score(runs[0]) or math.inf, default=[])
 
 
 def _score(result: Result) -> float | None:
@@ -80,38 +72,44 @@ def _score(result: Result) -> float | None:
     return result.loss_at_share(ACTIVE) if result.run.family == "dsmoe" else loss(result.as_trained)
 
 
-def _of_size(size: str, dense: list[Result], dsmoe: list[Result], smoe: list[Result]) -> list[Finding]:
+def _of_group(group: str, dense: list[Result], dsmoe: list[Result], smoe: list[Result]) -> list[Finding]:
     name = dsmoe[0].run.entry
     found = []
     if dense:
         measure = f"{name} under the dense policy / {dense[0].run.entry}"
-        ratios = _paired(dsmoe, dense, _loss_as_trained, _loss_as_trained)
-        found.append(Finding(f"{size}: as good as a dense model of its size", measure, ratios, EQUAL))
-    sparse = _paired(dsmoe, dsmoe, lambda result: result.loss_at_share(ACTIVE), _loss_as_trained)
+        ratios = paired(dsmoe, dense, _loss_as_trained, _loss_as_trained)
+        found.append(Finding(f"{group}: as good as a dense model of its size", measure, ratios, EQUAL))
+    sparse = paired(dsmoe, dsmoe, lambda result: result.loss_at_share(ACTIVE), _loss_as_trained)
     measure = f"{name} with {ACTIVE:.0%} active / under the dense policy"
-    found.append(Finding(f"{size}: within 5 % with at most {ACTIVE:.0%} active", measure, sparse, WITHIN))
+    found.append(Finding(f"{group}: within 5 % with at most {ACTIVE:.0%} active", measure, sparse, WITHIN))
     if smoe:
         share = smoe[0].as_trained["active_share"]
         measure = f"{name} under the dense policy / {smoe[0].run.entry}"
-        ratios = _paired(dsmoe, smoe, _loss_as_trained, _loss_as_trained)
-        found.append(Finding(f"{size}: better than sparse-trained of equal total", measure, ratios, 1.0))
+        ratios = paired(dsmoe, smoe, _loss_as_trained, _loss_as_trained)
+        found.append(Finding(f"{group}: better than sparse-trained of equal total", measure, ratios, 1.0))
         measure = f"{name} / {smoe[0].run.entry}, both with {share:.0%} active"
-        ratios = _paired(dsmoe, smoe, lambda result: result.loss_at_share(share), _loss_as_trained)
-        found.append(Finding(f"{size}: better than sparse-trained of equal active share", measure, ratios, 1.0))
+        ratios = paired(dsmoe, smoe, lambda result: result.loss_at_share(share), _loss_as_trained)
+        found.append(Finding(f"{group}: better than sparse-trained of equal active share", measure, ratios, 1.0))
     for rule in ("topk", "threshold_topk"):
-        other = _paired(dsmoe, dsmoe, lambda result: result.loss_at_share(ACTIVE), _at_share_under(rule))
+        other = paired(dsmoe, dsmoe, lambda result: result.loss_at_share(ACTIVE), _at_share_under(rule))
         measure = f"{name}: threshold / {rule}, {ACTIVE:.0%} active"
-        found.append(Finding(f"{size}: threshold is better than {rule}", measure, other, 1.0))
+        found.append(Finding(f"{group}: threshold is better than {rule}", measure, other, 1.0))
     return found
 
 
-def _sizes(small: list[Result], large: list[Result]) -> Finding:
+def _sizes(results: Sequence[Result]) -> Iterator[Finding]:
+    """What sparsity costs a DS-MoE model, beside the small one that was trained in the same way."""
+
     def cost(result: Result) -> float | None:
-        at_share = result.loss_at_share(0.3)
+        at_share = result.loss_at_share(SPARSE)
         return None if at_share is None else at_share - loss(result.as_trained)
 
-    measure = f"cost of 30 % active: {large[0].run.entry} / {small[0].run.entry}"
-    return Finding("larger models tolerate more sparsity", measure, _paired(large, small, cost, cost), 1.0)
+    small_entries = by_entry([result for result in results if result.run.model == "dsmoe_4m"])
+    for name, large in by_entry([result for result in results if result.run.model == "dsmoe_12m"]).items():
+        for small_name, small in small_entries.items():
+            if small[0].run.overrides == large[0].run.overrides:
+                measure = f"cost of {SPARSE:.0%} active: {name} / {small_name}"
+                yield Finding("larger models tolerate more sparsity", measure, paired(large, small, cost, cost), 1.0)
 
 
 def _loss_as_trained(result: Result) -> float:
@@ -122,7 +120,7 @@ def _at_share_under(rule: str) -> Callable[[Result], float | None]:
     return lambda result: result.loss_at_share(ACTIVE, rule)
 
 
-def _paired(
+def paired(
     ours: Sequence[Result],
     theirs: Sequence[Result],
     our_loss: Callable[[Result], float | None],

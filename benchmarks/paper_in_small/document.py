@@ -14,10 +14,20 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from benchmarks.measuring import surroundings_line, table
-from benchmarks.paper_in_small.claims import findings
+from benchmarks.paper_in_small.claims import best_of, findings, paired
 from benchmarks.paper_in_small.data import KINDS
 from benchmarks.paper_in_small.pictures import PICTURES, draw
-from benchmarks.paper_in_small.results import Entry, Result, by_entry, loss, perplexity, read_results, spread
+from benchmarks.paper_in_small.result import (
+    Entry,
+    Result,
+    by_entry,
+    by_group,
+    loss,
+    perplexity,
+    read_results,
+    spread,
+    with_best_learning_rates,
+)
 from benchmarks.paper_in_small.speed import FILE, speed_table
 from benchmarks.paper_in_small.study import HERE, Study, read_study
 from data_tools.indexed_dataset import write_whole
@@ -60,6 +70,7 @@ def document(
     yield INTRODUCTION.read_text(encoding="utf-8")
     yield from _section("What the paper claims, and what the runs say", claims_table(results))
     yield from _section("All models", models_table(measured))
+    yield from _section("What DS-MoE is made of", parts_table(measured))
     yield from _section("Text and code apart", kinds_table(measured))
     yield from _section("Sparse-trained models under other numbers of experts", other_experts_table(measured))
     yield from _section("Choices of experts", policies_table(measured))
@@ -111,6 +122,25 @@ def models_table(results: Sequence[Result]) -> list[str]:
         row += [spread(runs, _perplexity_at(share)).text(".2f") for share in SHARES]
         row.append(f"{statistics.fmean(run.tokens_per_s for run in runs):,.0f}")
         rows.append(row)
+    return table(header, rows) if rows else []
+
+
+def parts_table(results: Sequence[Result]) -> list[str]:
+    """Each DS-MoE model beside the best dense and the best sparse-trained one, and what sparsity costs it."""
+    rows = []
+    for group, runs in by_group(with_best_learning_rates(results)).items():
+        others = [best_of(runs, family) for family in ("dense", "smoe")]
+        for name, own in by_entry([run for run in runs if run.run.family in ("dsmoe", "moa")]).items():
+            over = [paired(own, other, _loss_as_trained, _loss_as_trained).text(".3f") for other in others]
+            costs = [
+                paired(own, own, sparse, _loss_as_trained).text(".3f")
+                for sparse in (_at_eps(loss), *(_loss_at(share) for share in SHARES))
+            ]
+            rows.append([group, name, *over, *costs])
+    header = ["", "Ratios of perplexities", "to the best dense", "to the best sparse-trained"]
+    header += [
+        f"{sparsity}, to the dense policy" for sparsity in ("eps 0.48", *(f"{share:.0%} active" for share in SHARES))
+    ]
     return table(header, rows) if rows else []
 
 
@@ -179,9 +209,17 @@ def _perplexity_of_top_k(count: int) -> Callable[[Result], float | None]:
     return lambda run: next((perplexity(policy) for policy in run.under("topk") if _top_k(policy) == count), None)
 
 
+def _loss_as_trained(run: Result) -> float:
+    return loss(run.as_trained)
+
+
+def _loss_at(share: float, rule: str = "threshold") -> Callable[[Result], float | None]:
+    return lambda run: run.loss_at_share(share, rule) if run.run.family == "dsmoe" else None
+
+
 def _perplexity_at(share: float, rule: str = "threshold") -> Callable[[Result], float | None]:
     def at_share(run: Result) -> float | None:
-        found = run.loss_at_share(share, rule) if run.run.family == "dsmoe" else None
+        found = _loss_at(share, rule)(run)
         return None if found is None else math.exp(found)
 
     return at_share

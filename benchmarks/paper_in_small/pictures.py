@@ -10,11 +10,10 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.paper_in_small.results import Entry, Result, by_entry, perplexity
+from benchmarks.paper_in_small.result import Entry, Result, by_entry, by_group, perplexity, with_best_learning_rates
 from dsmoe_megatron.reporting.figures import COLOURS, KINDS, LINE_STYLES, MARKERS, STYLE
 
 WIDTH, HEIGHT = 9.0, 4.0  # inches
-SIZES = {"4m": "about 4 million parameters", "12m": "about 12 million parameters"}
 EPS = 0.48
 Point = tuple[float, float]
 
@@ -36,12 +35,12 @@ def draw(name: str, results: Sequence[Result], path: Path) -> bool:
 
 
 def perplexity_by_share(results: Sequence[Result]) -> Figure | None:
-    """A panel per size: DS-MoE under thresholds, sparse-trained models by K, the dense model as a line."""
-    panels = [(size, found) for size in SIZES if (found := _of_size(results, size))]
+    """A panel per group: DS-MoE under thresholds, sparse-trained models by K, the dense model as a line."""
+    panels = by_group(with_best_learning_rates(results))
     if not panels:
         return None
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    for axis, (size, runs) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for axis, (group, runs) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         colours = _colours(by_entry(runs))
         for name, seeds in by_entry(runs).items():
             if seeds[0].run.family == "dense":
@@ -51,7 +50,7 @@ def perplexity_by_share(results: Sequence[Result]) -> Figure | None:
             rule = "threshold" if seeds[0].run.family == "dsmoe" else "topk"
             points = [*_means(seeds, rule), *_means(seeds, "dense")]
             axis.plot(*zip(*points, strict=True), color=colours[name], marker=MARKERS[rule], markersize=4, label=name)
-        _labels(axis, SIZES[size])
+        _labels(axis, group)
     _legend(figure)
     return figure
 
@@ -119,10 +118,6 @@ PICTURES = {
         active_experts_per_layer,
     ),
 }
-
-
-def _of_size(results: Sequence[Result], size: str) -> list[Result]:
-    return [result for result in results if result.run.model.endswith(f"_{size}")]
 
 
 def _means(seeds: Sequence[Result], rule: str) -> Iterator[Point]:

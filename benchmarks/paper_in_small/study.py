@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +80,18 @@ class Study:
     corpus: Literal["debian_packages", "this_machine"]
     evaluation: Policies
     runs: list[PlannedRun] = field(default_factory=list)
+
+    def only(self, names: Sequence[str]) -> "Study":
+        """These runs, in this order.
+
+        Raises:
+            ConfigurationError: one is not planned.
+        """
+        planned = {run.name: run for run in self.runs}
+        for name in names:
+            if name not in planned:
+                raise ConfigurationError("--runs", name, f"is not one of {', '.join(planned)}")
+        return replace(self, runs=[planned[name] for name in dict.fromkeys(names)])
 
 
 def read_study(path: Path) -> Study:

@@ -22,10 +22,10 @@ from benchmarks.paper_in_small.claims import findings
 from benchmarks.paper_in_small.corpus import Part, collect
 from benchmarks.paper_in_small.document import document, picture_path, read_speed, write_document
 from benchmarks.paper_in_small.pictures import PICTURES
-from benchmarks.paper_in_small.results import Result, loss, read_results
+from benchmarks.paper_in_small.result import Result, loss, read_results, with_best_learning_rates
 from benchmarks.paper_in_small.runner import Runner
 from benchmarks.paper_in_small.study import HERE, PlannedRun, Policies, Study, read_study
-from dsmoe_megatron.errors import EnvironmentNotSupportedError
+from dsmoe_megatron.errors import ConfigurationError, EnvironmentNotSupportedError
 from tests.requirements import lacks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,6 +86,16 @@ def test_the_study_is_made_whole_though_it_was_stopped(tmp_path: Path) -> None:
     assert len(list((tmp_path / "docs" / "images").iterdir())) == 3
 
 
+def test_runs_are_made_in_the_order_that_they_are_asked_for() -> None:
+    study = read_study(HERE / "smoke.yaml")
+
+    names = ["smoe_top4_4m_seed_1", "dsmoe_4m_alpha_1e-2_seed_2", "smoe_top4_4m_seed_1"]
+
+    assert [run.name for run in study.only(names).runs] == names[:2]
+    with pytest.raises(ConfigurationError, match=r"dense_seed_7.* is not one of dense_4m_seed_1, "):
+        study.only(["dense_seed_7"])
+
+
 def test_a_run_that_is_killed_again_and_again_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starts = tmp_path / "starts"
     kill_me = f"import os; open({str(starts)!r}, 'a').write('x'); os.kill(os.getpid(), 9)"
@@ -113,7 +123,14 @@ def test_the_document_is_that_of_the_results() -> None:
     )
 
 
-def a_result(entry: str, model: str, seed: int, losses: dict[tuple[str, float | int], tuple[float, float]]) -> Result:
+def a_result(
+    entry: str,
+    model: str,
+    seed: int,
+    losses: dict[tuple[str, float | int], tuple[float, float]],
+    overrides: dict[str, Any] | None = None,
+    tokens: int = 1_000_000,
+) -> Result:
     """A run with these losses: (rule, limit) -> (active share, loss)."""
     keys = {"threshold": "expert_threshold", "topk": "num_experts_per_tok", "threshold_topk": "expert_threshold"}
     policies: dict[str, Any] = {}
@@ -121,8 +138,10 @@ def a_result(entry: str, model: str, seed: int, losses: dict[tuple[str, float | 
         policy = {"expert_policy": rule} | ({keys[rule]: limit} if rule in keys else {})
         by_data = {"data/text_validation": value, "data/code_validation": value}
         policies[f"{rule} {limit}"] = {"policy": policy, "active_share": share, "loss_by_data": by_data}
-    run = PlannedRun(entry, model, seed, {})
-    return Result(run, [], {"policies": policies, "parameters_without_embeddings": 1}, [], None, Path())
+    run = PlannedRun(entry, model, seed, overrides or {})
+    return Result(
+        run, [{"tokens": tokens}], {"policies": policies, "parameters_without_embeddings": 1}, [], None, Path()
+    )
 
 
 def test_claims_are_judged_seed_by_seed() -> None:
@@ -140,18 +159,63 @@ def test_claims_are_judged_seed_by_seed() -> None:
 
     found = {finding.claim: finding for finding in findings(results)}
 
-    equal = found["4m: as good as a dense model of its size"]
+    equal = found["4m, 1M tokens: as good as a dense model of its size"]
     assert equal.ratios.values == pytest.approx([math.exp(-0.1), math.exp(0.1)])
     assert equal.verdict == "not shown"  # one seed says yes, the other no
-    within = found["4m: within 5 % with at most 40% active"]
+    within = found["4m, 1M tokens: within 5 % with at most 40% active"]
     assert within.ratios.values == pytest.approx([math.exp(0.03)] * 2)  # half-way between 0.3 and 0.5
     assert within.seeds_needed == 3  # the limit is 2 % away
     assert within.verdict == "not shown"
-    assert found["4m: better than sparse-trained of equal active share"].verdict == "yes"
+    assert found["4m, 1M tokens: better than sparse-trained of equal active share"].verdict == "yes"
     # topk at 40 %: between its own 30 % and the dense policy
     worse = 0.2 * (1.0 - 0.4) / (1.0 - 0.3)
-    assert found["4m: threshold is better than topk"].ratios.values == pytest.approx([math.exp(0.03 - worse)] * 2)
-    assert found["4m: threshold is better than threshold_topk"].verdict == "not shown"  # never measured
+    assert found["4m, 1M tokens: threshold is better than topk"].ratios.values == pytest.approx(
+        [math.exp(0.03 - worse)] * 2
+    )
+    assert found["4m, 1M tokens: threshold is better than threshold_topk"].verdict == "not shown"  # never measured
+
+
+def test_models_of_other_sizes_or_tokens_are_not_compared() -> None:
+    dsmoe = {("dense", 0): (1.0, 3.0), ("threshold", 1.0): (0.3, 3.2)}
+    results = [
+        a_result("ours", "dsmoe_4m", 1, dsmoe),
+        a_result("large", "dense_12m", 1, {("dense", 0): (1.0, 2.0)}),
+        a_result("long", "dense_4m", 1, {("dense", 0): (1.0, 2.0)}, tokens=10_000_000),
+    ]
+
+    assert not [finding for finding in findings(results) if "dense model" in finding.claim]
+
+    results.append(a_result("equal", "dense_4m", 1, {("dense", 0): (1.0, 3.1)}))
+    [equal] = [finding for finding in findings(results) if "dense model" in finding.claim]
+    assert equal.measure == "ours under the dense policy / equal"
+
+
+def test_sizes_are_compared_where_they_were_trained_alike() -> None:
+    alike, other = {"model.mi_alpha_mlp": 0.01}, {"model.mi_alpha_mlp": 0.1}
+    results = []
+    for name, model, overrides, cost in (
+        ("small", "dsmoe_4m", alike, 0.3),
+        ("better", "dsmoe_4m", other, 0.05),
+        ("large", "dsmoe_12m", alike, 0.1),
+    ):
+        losses = {("dense", 0): (1.0, 3.0), ("threshold", 1.0): (0.3, 3.0 + cost)}
+        results += [a_result(name, model, seed, losses, overrides) for seed in (1, 2)]
+
+    [found] = [finding for finding in findings(results) if finding.claim == "larger models tolerate more sparsity"]
+
+    assert found.measure == "cost of 30% active: large / small"
+    assert found.ratios.values == pytest.approx([math.exp(0.1 - 0.3)] * 2)
+    assert found.verdict == "yes"
+
+
+def test_a_trial_of_learning_rates_leaves_its_best() -> None:
+    def at(name: str, lr: float, alpha: float, value: float) -> Result:
+        overrides = {"optimizer.lr": lr, "model.mi_alpha_mlp": alpha}
+        return a_result(name, "dsmoe_4m", 1, {("dense", 0): (1.0, value)}, overrides)
+
+    results = [at("slow", 1e-3, 0.1, 3.1), at("fast", 2e-3, 0.1, 3.0), at("other", 1e-3, 0.2, 3.2)]
+
+    assert [result.run.entry for result in with_best_learning_rates(results)] == ["fast", "other"]
 
 
 def make_package(folder: Path, files: dict[str, bytes]) -> None:

@@ -47,6 +47,12 @@ class Result:
         return next(iter(self.policies.values()))
 
     @property
+    def group(self) -> str:
+        """Which runs it is compared with: the size, and the tokens that it was trained on."""
+        size = self.run.model.split("_")[-1]
+        return f"{size}, {self.training[-1]['tokens'] / 1e6:.3g}M tokens" if self.training else size
+
+    @property
     def tokens_per_s(self) -> float:
         """Of training on one core, median over its lines."""
         return statistics.median(line["tokens_per_s"] for line in self.training if "tokens_per_s" in line)
@@ -141,3 +147,25 @@ def by_entry(results: Sequence[Result]) -> dict[str, list[Result]]:
     for result in results:
         found.setdefault(result.run.entry, []).append(result)
     return found
+
+
+def by_group(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The runs that may be compared, in the order of the study."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.group, []).append(result)
+    return found
+
+
+def with_best_learning_rates(results: Sequence[Result]) -> list[Result]:
+    """Without the entries that differ from a better one in their learning rate alone, judged by their first seeds."""
+    best: dict[str, list[Result]] = {}
+    for runs in by_entry(results).values():
+        trial = str((runs[0].run.model, runs[0].group, _without_learning_rate(runs[0].run)))
+        if trial not in best or loss(runs[0].as_trained) < loss(best[trial][0].as_trained):
+            best[trial] = runs
+    return [result for result in results if any(result in runs for runs in best.values())]
+
+
+def _without_learning_rate(run: PlannedRun) -> dict[str, Any]:
+    return {key: value for key, value in run.overrides.items() if key != "optimizer.lr"}
