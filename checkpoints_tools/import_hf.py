@@ -128,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="RECIPE",
-        help="recipe with what an export does not tell, such as model.expert_training; may be repeated",
+        help="recipe with what an export does not tell, such as alphas; may be repeated",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a step folder that is already there")
     return parser

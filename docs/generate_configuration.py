@@ -43,6 +43,12 @@ RANGES = (
     ("0 or above", NOT_NEGATIVE),
     ("0 to below 1", BELOW_ONE),
 )
+OTHER_LIMITS = {
+    "train.seed": [f"0 to {LARGEST_SEED}"],
+    "train.spike_window": ["at least 4"],
+    "engine.zero_stage": ["1 to 3"],
+    "weight": ["above 0"],
+}
 TYPE_NAMES = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text", types.NoneType: "`null`"}
 
 
@@ -92,8 +98,7 @@ def _entry_tables(name: str, kind: Any) -> Iterator[str]:
 def _value(hint: Any, key: str) -> str:
     """What may stand there, in words."""
     limits = [words for words, keys in RANGES if key in keys]
-    if key == "train.seed":
-        limits = [f"0 to {LARGEST_SEED}"]
+    limits += OTHER_LIMITS.get(key, [])
     return ", ".join([_type_name(hint), *limits])
 
 

@@ -66,9 +66,10 @@ python -m dsmoe_megatron estimate --config launchers/recipes/dsmoe_6b.yaml --gpu
 ```
 
 From a recipe and a number of GPUs, without torch and in a second: parameters, FLOPs per token, memory and traffic of
-a rank of each pipeline stage, time per step, utilisation, GPU-hours. `--search` tries every layout instead, prints the
-`--top` ones and says why the others lose. `--json` prints everything as JSON, `parameters.total_without_embeddings` in
-it; `--picture` draws the memory per rank. Recipe keys can be given as well. `--gpu` names a row of
+a rank of each pipeline stage, time per step, utilisation, GPU-hours. `--search` tries layouts instead (every TP, PP
+of equal stages, EP, CP, recompute mode and micro-batch of a power of two that the GPUs allow), prints the `--top` ones
+and says why the others lose. `--json` prints everything as JSON, `parameters.total_without_embeddings` in it;
+`--picture` draws the memory per rank. Recipe keys can be given as well. `--gpu` names a row of
 [hardware.yaml](../dsmoe_megatron/planning/hardware.yaml) (`h100`, `h200`, `a100`, `cpu`), and `--hardware FILE` adds
 rows of your own. Without `--gpus` it is `WORLD_SIZE`, else the fewest that the layout can run on. Where the recipe
 leaves the vocabulary to the tokenizer, give `--model.vocab_size`; without it only parameters are estimated.
@@ -148,7 +149,7 @@ def _parameters() -> str:
         "## Parameters of the paper's models\n\n"
         "Without embeddings, Table 1 of [arXiv 2404.05567](https://arxiv.org/abs/2404.05567). The paper does not\n"
         "state the shape of its routers; counted here is an MLP of width 512, which fits seven of nine totals within\n"
-        "0.5 %.\n\n"
+        "0.5 %. The recipes of the SMoE models have megatron-core's linear router: 1,020M, 1,423M and 4,824M.\n\n"
         + _table(["Model", "Paper", "Counted", "Difference", ""], rows)
         + "\nDS-MoE-3B is 2793M in the paper's Table 5.\n"
     )

@@ -86,9 +86,11 @@ def _pretrain(arguments: Sequence[str]) -> None:
 
 
 def _progress(arguments: Sequence[str]) -> None:
+    from dsmoe_megatron.planning.estimate import smallest_world_size
     from dsmoe_megatron.run_folder import find_checkpoint, saved_step, step_folders
 
     config, _ = parse_verb(arguments, f"{PROGRAM} progress", PretrainOptions)
+    smallest_world_size(config)  # a recipe that no number of processes can run is refused here, once
     run_dir = Path(config.train.run_dir)
     try:
         folder = find_checkpoint(run_dir)

@@ -54,7 +54,12 @@ else
 fi
 torchrun+=(-m dsmoe_megatron pretrain "${arguments[@]}")
 
-if [[ -n $is_batch_job ]] || ((nodes > 1)); then
+# a shell of salloc is on the login node unless the site has it start in a step
+is_outside_the_allocation=""
+if [[ -n ${SLURM_JOB_ID:-} && ${ENVIRONMENT:-} != BATCH && -z ${SLURM_STEP_ID:-} ]]; then
+  is_outside_the_allocation=yes
+fi
+if [[ -n $is_batch_job || -n $is_outside_the_allocation ]] || ((nodes > 1)); then
   command=(
     srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit=1
     # srun does not take this over from sbatch

@@ -21,5 +21,3 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # torchrun hands these on, and then gives the ranks this long [s] to finish a step and save before it kills them
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-600}
-# megatron-core overlaps communication with computation in the order of their launch
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}

@@ -16,6 +16,10 @@ UNRELATED_APEX = (
     "apex: the package installed under this name is not NVIDIA's but an unrelated one of PyPI; "
     "pip uninstall apex, and install NVIDIA's from its repository"
 )
+TORCHRUN_DOES_NOT_WAIT = (
+    "torchrun: this one does not know --shutdown-timeout and --signals-to-handle: at SIGTERM it kills ranks that "
+    "have not saved after 30 s, and SIGUSR1 ends it at once; torch 2.13 knows both"
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ def examine(environment: Environment, name: str, config: Config) -> Finding:
 
 
 def warnings(environment: Environment) -> list[str]:
-    return [UNRELATED_APEX] if environment.apex == "unrelated" else []
+    found = {UNRELATED_APEX: environment.apex == "unrelated", TORCHRUN_DOES_NOT_WAIT: not environment.torchrun_waits}
+    return [warning for warning, holds in found.items() if holds]
 
 
 def as_text(environment: Environment, findings: Sequence[Finding]) -> str:

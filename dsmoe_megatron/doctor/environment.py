@@ -47,6 +47,7 @@ class Environment:
         apex: NVIDIA's, the unrelated package of that name on PyPI, or none.
         apex_extensions: of NVIDIA's, those that megatron-core looks for and that are built.
         deepspeed_operators: that were built when it was installed; others are built at their first use.
+        torchrun_waits: for ranks that save at a signal to stop, as long as it is told.
     """
 
     python: str
@@ -61,6 +62,7 @@ class Environment:
     apex: Apex = "none"
     apex_extensions: tuple[str, ...] = ()
     deepspeed_operators: tuple[str, ...] = ()
+    torchrun_waits: bool = True
 
     @property
     def on_cuda(self) -> bool:
@@ -118,7 +120,9 @@ def _of_torch() -> dict[str, Any]:
         return {"torch": None, "cuda": None, "devices": (), "device_memory": None, "backends": ()}
     import torch
     import torch.distributed as dist
+    from torch.distributed.run import get_args_parser
 
+    torchrun_options = vars(get_args_parser().parse_args(["program"]))
     available: dict[str, Callable[[], bool]] = {
         "gloo": dist.is_gloo_available,
         "nccl": dist.is_nccl_available,
@@ -131,6 +135,7 @@ def _of_torch() -> dict[str, Any]:
         "devices": tuple(device.name for device in devices),
         "device_memory": min((device.total_memory for device in devices), default=None),
         "backends": tuple(name for name, is_there in available.items() if dist.is_available() and is_there()),
+        "torchrun_waits": {"shutdown_timeout", "signals_to_handle"} <= torchrun_options.keys(),
     }
 
 

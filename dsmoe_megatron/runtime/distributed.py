@@ -29,6 +29,8 @@ def prepare_device() -> torch.device:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+    # megatron-core overlaps communication with computation in the order of their launch
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)

@@ -16,6 +16,7 @@ from dsmoe_megatron.__main__ import main
 from dsmoe_megatron.config import Config
 from dsmoe_megatron.config_parsing import load_config
 from dsmoe_megatron.doctor.choices import choices, reasons_against
+from dsmoe_megatron.doctor.command import as_text
 from dsmoe_megatron.doctor.environment import Environment, inspect_environment
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -48,6 +49,17 @@ def test_this_environment_is_what_its_packages_say() -> None:
     assert environment.libraries["transformers"] == importlib.metadata.version("transformers")
     assert environment.on_cuda == torch.cuda.is_available()
     assert "gloo" in environment.backends
+    usage = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True)
+    assert environment.torchrun_waits == all(
+        option in usage.stdout for option in ("--shutdown-timeout", "--signals-to-handle")
+    )
+
+
+def test_a_torchrun_that_kills_ranks_early_is_warned_of() -> None:
+    environment = inspect_environment()
+
+    assert "after 30 s" in as_text(dataclasses.replace(environment, torchrun_waits=False), [])
+    assert "after 30 s" not in as_text(dataclasses.replace(environment, torchrun_waits=True), [])
 
 
 # megatron-core decides at its import: each environment needs a process of its own

@@ -12,9 +12,15 @@ from dsmoe_megatron.__main__ import main
 from dsmoe_megatron.tokenizers import load_tokenizer
 from tests import reference_model as reference
 from tests.evaluation.conftest import ARCHITECTURE, Export
+from tests.requirements import lacks
 
-HARNESS = importlib.util.find_spec("lm_eval") is not None
 QUESTIONS = (("ab", ["cd", "xy"], 0), ("import ", ["os", "zz"], 1), ("for x", [" in", "!!"], 0), ("a", ["b", "c"], 1))
+
+
+@pytest.fixture
+def harness() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        lacks("lm-evaluation-harness is not installed (extra `eval`)")
 
 
 @pytest.fixture
@@ -32,7 +38,7 @@ def task(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.skipif(not HARNESS, reason="lm-evaluation-harness is not installed (extra `eval`)")
+@pytest.mark.usefixtures("harness")
 def test_a_local_task_scores_as_by_the_equations(
     export: Export, task: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,7 +78,7 @@ def test_without_the_harness_one_line_says_what_to_install(
     assert "pip install '.[eval]'" in error
 
 
-@pytest.mark.skipif(not HARNESS, reason="lm-evaluation-harness is not installed (extra `eval`)")
+@pytest.mark.usefixtures("harness")
 @pytest.mark.parametrize(
     ("name", "message"), [("no_such_task_anywhere", "knows no such task"), ("missing.yaml", "no such file")]
 )

@@ -162,6 +162,14 @@ def test_a_batch_job_of_one_node_has_a_step_too(tmp_path: Path) -> None:
     assert "--standalone" in words
 
 
+@pytest.mark.parametrize(("step", "first"), [({}, "srun"), ({"SLURM_STEP_ID": "0"}, sys.executable)])
+def test_an_allocation_of_one_node_trains_on_that_node(tmp_path: Path, step: dict[str, str], first: str) -> None:
+    words = dry_run(LAUNCHERS / "pretrain_1b.sh", folder=tmp_path, SLURM_JOB_ID="7", SLURM_NNODES="1", **step)
+
+    assert words[0] == first  # the shell of salloc is elsewhere, that of a step is there
+    assert "--standalone" in words
+
+
 def test_a_check_in_a_batch_job_is_not_what_the_job_is_for(tmp_path: Path) -> None:
     words = dry_run(LAUNCHERS / "pretrain_1b.sh", "--check", folder=tmp_path, SLURM_JOB_ID="7", ENVIRONMENT="BATCH")
 

@@ -11,7 +11,7 @@ RECIPE = str(Path(__file__).resolve().parents[2] / "launchers" / "recipes" / "qu
 
 
 def arguments(run_dir: Path) -> list[str]:
-    return ["--config", RECIPE, "--train.run_dir", str(run_dir), "--train.steps", "9"]
+    return ["--config", RECIPE, "--train.run_dir", str(run_dir), "--train.steps", "9", "--optimizer.warmup_steps", "1"]
 
 
 def test_a_run_that_has_not_begun_is_at_step_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,6 +41,15 @@ def test_where_the_newest_is_gone_the_one_before_counts(tmp_path: Path, capsys: 
     assert main(["progress", *arguments(tmp_path)]) == 0
 
     assert capsys.readouterr().out == f"step 3 of 9 in {tmp_path}\n"
+
+
+def test_a_recipe_that_cannot_run_on_any_number_of_processes_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["progress", *arguments(tmp_path), "--parallel.tensor", "3"])
+
+    assert "parallel.tensor = 3: must divide the 2 key/value heads" in capsys.readouterr().err
 
 
 def test_a_fault_that_the_user_must_mend_is_left_to_the_launcher(
