@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError, exit_with
+from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError, PassingError, exit_with
 from dsmoe_megatron.run_folder import find_checkpoint, is_step_folder, step_folders
 
 
@@ -43,7 +43,7 @@ def verify_manifests(checkpoint: Path) -> None:
         try:
             manifest = read_manifest(folder)
             found = find_faults(folder, manifest.files) if manifest else missing_or_short(folder)
-        except CheckpointError as error:
+        except (CheckpointError, PassingError) as error:
             found = [str(error)]
         faults += found
         if not found:

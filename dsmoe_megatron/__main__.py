@@ -102,7 +102,13 @@ def _progress(arguments: Sequence[str]) -> None:
 
 def _estimate(arguments: Sequence[str]) -> None:
     from dsmoe_megatron.planning import presentation
-    from dsmoe_megatron.planning.estimate import EstimateOptions, estimate, require_vocabulary, smallest_world_size
+    from dsmoe_megatron.planning.estimate import (
+        EstimateOptions,
+        estimate,
+        is_memory_known,
+        require_vocabulary,
+        smallest_world_size,
+    )
     from dsmoe_megatron.planning.hardware import load_hardware
     from dsmoe_megatron.planning.search import search
 
@@ -117,6 +123,12 @@ def _estimate(arguments: Sequence[str]) -> None:
         if value < 1:
             raise ConfigurationError(key, value, "must be at least 1")
 
+    if not is_memory_known(config):
+        print(
+            f"{PROGRAM} estimate: memory, traffic and time are those of engine.name megatron; "
+            "DeepSpeed's ZeRO-2, ZeRO-3 and offload need less memory and send more",
+            file=sys.stderr,
+        )
     if config.model.vocab_size is None and not options.search and options.picture is None:
         report = presentation.without_vocabulary(config)
     elif options.search:

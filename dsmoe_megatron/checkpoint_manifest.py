@@ -20,7 +20,7 @@ from typing import Any
 import xxhash
 
 from dsmoe_megatron.durable import write_durably
-from dsmoe_megatron.errors import CheckpointError
+from dsmoe_megatron.errors import CheckpointError, PassingError
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
@@ -106,10 +106,11 @@ def write_manifest(folder: Path, files: Mapping[str, FileEntry], processes: int 
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a step folder; None if it has none, as those of version 0.1.0 and earlier.
+    """The manifest of a step folder; None if it has none, as those from before there were manifests.
 
     Raises:
         CheckpointError: it is damaged or of another format.
+        PassingError: it cannot be read.
     """
     path = folder / MANIFEST_FILE
     try:
@@ -117,7 +118,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise _unreadable(path, error) from None
     except ValueError:
         raise CheckpointError(f"{path}: damaged: it is not JSON") from None
     if not isinstance(content, dict) or content.get("checksum") != _checksum(content):
@@ -132,7 +133,11 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def find_fault(folder: Path, name: str, entry: FileEntry) -> str | None:
-    """What is wrong with a file of a step folder, in a line that names it; None if it is as it was written."""
+    """What is wrong with a file of a step folder, in a line that names it; None if it is as it was written.
+
+    Raises:
+        PassingError: it cannot be read, which says nothing of what it holds.
+    """
     path = folder / name
     try:
         size = path.stat().st_size
@@ -144,15 +149,25 @@ def find_fault(folder: Path, name: str, entry: FileEntry) -> str | None:
     except FileNotFoundError:
         return f"{path}: missing"
     except OSError as error:
-        return f"{path}: cannot be read: {error.strerror or error}"
+        raise _unreadable(path, error) from None
     return None
 
 
 def find_faults(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
-    """What is wrong with these files of a step folder, a line each, by name."""
+    """What is wrong with these files of a step folder, a line each, by name.
+
+    Raises:
+        PassingError: one cannot be read.
+    """
     with ThreadPoolExecutor(THREADS) as threads:
         faults = threads.map(lambda name: find_fault(folder, name, files[name]), sorted(files))
         return [fault for fault in faults if fault is not None]
+
+
+def _unreadable(path: Path, error: OSError) -> PassingError:
+    return PassingError(
+        f"{path}: cannot be read: {error.strerror or error}; if that lasts, move its folder away to do without it"
+    )
 
 
 def _plain(name: str) -> str:

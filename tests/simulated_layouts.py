@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import prod
 from typing import Any
 from unittest import mock
 
 from dsmoe_megatron.config import Config
 from dsmoe_megatron.planning.ranks import (
-    communication_groups,
     layer_weights,
+    mlp_ranks,
     rank_parameters,
     weights_outside_layers,
 )
@@ -194,3 +195,42 @@ def _groups(chunk: Any) -> dict[str, Any]:
     if isinstance(mlp, DenseMoEMLP):
         groups |= {"units": mlp.linear_fc1.tp_group, "data": mlp.router.groups.data}
     return groups
+
+
+def communication_groups(config: Config, world_size: int, rank: int) -> dict[str, list[int]]:
+    """The ranks, itself included, with which a rank communicates, by what for.
+
+    megatron-core's order, from the fastest-varying: tensor, context, data, pipeline; for the experts' weights
+    expert-tensor, expert, expert-data, pipeline.
+
+    Args:
+        config: recipe that config_rules accepted.
+        world_size: processes.
+        rank: from 0.
+
+    Returns:
+        `tensor`, `context`, `data` (without context), `gradients` (of the dense parameters: data x context),
+        `pipeline`, `units` (over which an MLP's hidden units are split) and `expert gradients`.
+    """
+    parallel = config.parallel
+    stage_size = world_size // parallel.pipeline
+    stage, place = divmod(rank, stage_size)
+    sizes = {"tensor": parallel.tensor, "context": parallel.context}
+    sizes["data"] = stage_size // (parallel.tensor * parallel.context)
+    units = mlp_ranks(config)
+    first, first_units = stage * stage_size, rank - place % units
+
+    def along(axis: str) -> list[int]:
+        stride = prod(size for name, size in list(sizes.items())[: list(sizes).index(axis)])
+        own = place // stride % sizes[axis]
+        return [rank + (other - own) * stride for other in range(sizes[axis])]
+
+    return {
+        "tensor": along("tensor"),
+        "context": along("context"),
+        "data": along("data"),
+        "gradients": list(range(first + place % parallel.tensor, first + stage_size, parallel.tensor)),
+        "pipeline": list(range(place, world_size, stage_size)),
+        "units": list(range(first_units, first_units + units)),
+        "expert gradients": list(range(first + place % units, first + stage_size, units)),
+    }

@@ -10,7 +10,7 @@ from dsmoe_megatron.config import Config
 from dsmoe_megatron.deepspeed_settings import INSTALL
 from dsmoe_megatron.doctor.environment import Environment
 from dsmoe_megatron.errors import ConfigurationError
-from dsmoe_megatron.planning.estimate import estimate, smallest_world_size
+from dsmoe_megatron.planning.estimate import estimate, is_memory_known, smallest_world_size
 from dsmoe_megatron.planning.hardware import load_hardware
 
 SUPPORTED_CORE = "0.16.1"
@@ -151,7 +151,7 @@ def _reasons_of_size(environment: Environment, config: Config) -> list[str]:
     fewest = smallest_world_size(config)
     processes = max(fewest, len(environment.devices))
     # the memory of a rank is the same on every row of the table; only its limit is not
-    needed = estimate(config, processes, load_hardware("h100")).peak_memory if _is_memory_known(config) else 0
+    needed = estimate(config, processes, load_hardware("h100")).peak_memory if is_memory_known(config) else 0
     if environment.device_memory is None:
         if environment.memory is None or needed * processes <= environment.memory:
             return []
@@ -168,9 +168,3 @@ def _reasons_of_size(environment: Environment, config: Config) -> list[str]:
             f"{environment.device_memory / 1e9:,.0f} GB"
         )
     return reasons
-
-
-def _is_memory_known(config: Config) -> bool:
-    """What the planner knows is the default engine; ZeRO-1 cuts up the same tensors, higher stages and offload more."""
-    engine = config.engine
-    return engine.name == "megatron" or (engine.zero_stage == 1 and not engine.offload_optimizer)

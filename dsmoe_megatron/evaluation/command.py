@@ -1,7 +1,6 @@
 """The verb `evaluate`: perplexity under expert policies, their calibration, and lm-evaluation-harness tasks."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any
 
 from dsmoe_megatron.errors import ConfigurationError
 from dsmoe_megatron.evaluation.policies import PolicyOptions
+from dsmoe_megatron.json_text import json_text
 from dsmoe_megatron.output_file import check_output, write_output
 
 
@@ -96,8 +96,8 @@ def evaluate(arguments: Sequence[str], program: str = "dsmoe-megatron evaluate")
     else:
         result, text = _measure(options, loaded)
     if options.output is not None:
-        write_output(options.output, json.dumps(result, indent=1) + "\n", "--output")
-    print(json.dumps(result, indent=1) if options.json else text)
+        write_output(options.output, json_text(result, indent=1) + "\n", "--output")
+    print(json_text(result, indent=1) if options.json else text)
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -170,7 +170,7 @@ def _calibrate(options: argparse.Namespace, loaded: Any) -> tuple[dict[str, Any]
     with progress_bar(None, "passes") as advance:
         found = calibrate(loaded, batches, options.calibrate, target, advance)
     if options.save_policy is not None:
-        text = json.dumps(policy_values(found.policy), indent=1) + "\n"
+        text = json_text(policy_values(found.policy), indent=1) + "\n"
         write_output(options.save_policy, text, "--save-policy")
     return {"checkpoint": str(options.checkpoint), "step": loaded.step, **found.as_dict()}, found.as_text()
 

@@ -141,6 +141,12 @@ def require_vocabulary(config: Config) -> None:
         raise ConfigurationError("model.vocab_size", None, rule)
 
 
+def is_memory_known(config: Config) -> bool:
+    """What is estimated is the default engine; ZeRO-1 cuts up the same tensors, higher stages and offload more."""
+    engine = config.engine
+    return engine.name == "megatron" or (engine.zero_stage == 1 and not engine.offload_optimizer)
+
+
 def smallest_world_size(config: Config) -> int:
     """The fewest processes on which the recipe can run.
 

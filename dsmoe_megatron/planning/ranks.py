@@ -142,45 +142,6 @@ def optimizer_shards(config: Config, world_size: int) -> tuple[int, int]:
     return of_stage // config.parallel.tensor, of_stage // mlp_ranks(config)
 
 
-def communication_groups(config: Config, world_size: int, rank: int) -> dict[str, list[int]]:
-    """The ranks, itself included, with which a rank communicates, by what for.
-
-    megatron-core's order, from the fastest-varying: tensor, context, data, pipeline; for the experts' weights
-    expert-tensor, expert, expert-data, pipeline.
-
-    Args:
-        config: recipe that config_rules accepted.
-        world_size: processes.
-        rank: from 0.
-
-    Returns:
-        `tensor`, `context`, `data` (without context), `gradients` (of the dense parameters: data x context),
-        `pipeline`, `units` (over which an MLP's hidden units are split) and `expert gradients`.
-    """
-    parallel = config.parallel
-    stage_size = world_size // parallel.pipeline
-    stage, place = divmod(rank, stage_size)
-    sizes = {"tensor": parallel.tensor, "context": parallel.context}
-    sizes["data"] = stage_size // (parallel.tensor * parallel.context)
-    units = mlp_ranks(config)
-    first, first_units = stage * stage_size, rank - place % units
-
-    def along(axis: str) -> list[int]:
-        stride = prod(size for name, size in list(sizes.items())[: list(sizes).index(axis)])
-        own = place // stride % sizes[axis]
-        return [rank + (other - own) * stride for other in range(sizes[axis])]
-
-    return {
-        "tensor": along("tensor"),
-        "context": along("context"),
-        "data": along("data"),
-        "gradients": list(range(first + place % parallel.tensor, first + stage_size, parallel.tensor)),
-        "pipeline": list(range(place, world_size, stage_size)),
-        "units": list(range(first_units, first_units + units)),
-        "expert gradients": list(range(first + place % units, first + stage_size, units)),
-    }
-
-
 def micro_batches_per_step(config: Config, world_size: int) -> int:
     """Micro-batches that one data-parallel replica runs in a step."""
     return config.train.global_batch_size // (config.train.micro_batch_size * data_parallel_size(config, world_size))

@@ -176,11 +176,12 @@ def raised_on_every_rank() -> Iterator[None]:
         yield
     except DSMoEError as error:
         failure = error
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if failure is None else str(failure))
-    first = next((message for message in messages if message is not None), None)
+    failures: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, None if failure is None else (str(failure), isinstance(failure, PassingError)))
+    first = next((other for other in failures if other is not None), None)
     if first is None:
         return
-    shared = failure or DSMoEError(first)
+    message, may_be_over = first
+    shared = failure or (PassingError if may_be_over else DSMoEError)(message)
     shared.on_every_rank = True
     raise shared

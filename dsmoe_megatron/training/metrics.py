@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_megatron.config import Config
+from dsmoe_megatron.durable import write_durably
+from dsmoe_megatron.json_text import json_text
 from dsmoe_megatron.perplexity import shown
 from dsmoe_megatron.training.trackers import Say, Trackers
 
@@ -62,7 +64,7 @@ class MetricsWriter:
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         """Lines for which there is no room, while a checkpoint fills the disk, wait for the next one."""
-        text = self._waiting.pop(name, "") + json.dumps(line) + "\n"
+        text = self._waiting.pop(name, "") + json_text(line) + "\n"
         try:
             _append_whole(self.run_dir / name, text)
         except OSError as error:
@@ -98,22 +100,35 @@ def _append_whole(path: Path, text: str) -> None:
 
 
 def _keep_steps(path: Path, last_step: int) -> int:
-    """Drop the lines of later steps, and a last line that a crash cut short; returns the newest step there was."""
+    """Drop the lines of later steps and those that are damaged; returns the newest step there was.
+
+    A last line that a crash cut short is no damage; others are told of.
+    """
     if not path.is_file():
         return 0
-    kept, newest = [], 0
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            step = json.loads(text)["step"]
-        except (ValueError, KeyError):
-            break
+    kept, damaged, newest = [], [], 0
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    for number, text in enumerate(lines, 1):
+        step = _step_of(text)
+        if step is None:
+            damaged += [number] if text.endswith("\n") else []
+            continue
         newest = max(newest, step)
         if step <= last_step:
-            kept.append(text + "\n")
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text("".join(kept), encoding="utf-8")
-    unfinished.replace(path)
+            kept.append(text.rstrip("\n") + "\n")
+    if damaged:
+        print(f"{path}: {len(damaged)} damaged lines are dropped, the first is line {damaged[0]}", file=sys.stderr)
+    write_durably(path, "".join(kept))
     return newest
+
+
+def _step_of(text: str) -> int | None:
+    """The step of a line, None where it is no line of metrics."""
+    try:
+        step = json.loads(text)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def progress_line(line: dict[str, Any], steps: int) -> str:

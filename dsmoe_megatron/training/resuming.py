@@ -47,6 +47,7 @@ def choose_checkpoint(path: Path, strict: bool, is_own: bool) -> Choice | None:
 
     Raises:
         CheckpointError: none is whole, or the newest is not and `strict`; on every rank.
+        PassingError: a file of the one to try cannot be read; on every rank.
     """
     faults: list[str] = []
     passed_over: list[Path] = []
@@ -101,12 +102,17 @@ def _candidates(path: Path) -> list[Path]:
 def _check(folder: Path) -> tuple[bool, list[str]]:
     """Whether a manifest vouches for the folder, and what is wrong with it; the same on every rank."""
     plan: list[Any] = [None]
-    if dist.get_rank() == 0:
-        plan = [_plan(folder)]
+    # a file that cannot be read just now is no damage: the run ends, and the folder stays what it is
+    with raised_on_every_rank():
+        if dist.get_rank() == 0:
+            plan = [_plan(folder)]
     dist.broadcast_object_list(plan, src=0)
     is_checked, faults, shares = plan[0]
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, find_faults(folder, shares[dist.get_rank()]))
+    own: list[str] = []
+    with raised_on_every_rank():
+        own = find_faults(folder, shares[dist.get_rank()])
+    dist.all_gather_object(found, own)
     return is_checked, faults + [fault for of_rank in found for fault in of_rank]
 
 

@@ -10,7 +10,9 @@ Two things keep them apart, since no single one does on every file system:
   host waits to see whether that goes on beating. Clocks are not compared. A holder that finds another's record in the
   place of its own ends its run, so that of two that slipped through one stops.
 
-A job that ends in order leaves no record, so that only the successor of one that was killed on another node waits.
+A job that ends in order leaves no record, so that only the successor of one that was killed on another node waits. A
+file server may keep the lock of a node that is gone for a while (NFS: its lease, 90 s): a lock whose holder does not
+beat is asked for again until then.
 """
 
 import contextlib
@@ -38,6 +40,7 @@ RECORD_BYTES = 512  # of fixed length, so that one write replaces it
 BEAT_SECONDS = 5.0
 # beats may be late: a loaded node, a slow file server
 BEATS_TO_WAIT = 4
+BEATS_OF_A_LEASE = 24  # two minutes
 HELD_BY_ANOTHER = (errno.EACCES, errno.EAGAIN)
 LOCKS_UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
@@ -93,7 +96,12 @@ class RunLock:
             locked = self._lock()
             before = self._read()
             # among the processes of one kernel its lock knows better than any record
-            if before and not (locked and before["kernel"] == self.record["kernel"]):
+            is_of_this_kernel = bool(before) and before["kernel"] == self.record["kernel"]
+            if locked is False and is_of_this_kernel:
+                self._refuse(before)
+            elif locked is False:
+                self._wait_for_release(before)
+            elif before and not (locked and is_of_this_kernel):
                 self._wait_for_silence(before)
             self._beat()
         except OSError as error:
@@ -101,17 +109,31 @@ class RunLock:
         self.heart = threading.Thread(target=self._keep_beating, name="run lock", daemon=True)
         self.heart.start()
 
-    def _lock(self) -> bool:
-        """Lock the file; False where the file system knows no locks."""
+    def _lock(self) -> bool | None:
+        """Lock the file; False where another has the lock, None where the file system knows no locks."""
         try:
             fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in LOCKS_UNKNOWN:
-                return False
+                return None
             if error.errno in HELD_BY_ANOTHER:
-                self._refuse(self._read())
+                return False
             raise
         return True
+
+    def _wait_for_release(self, before: dict[str, Any]) -> None:
+        """Ask for the lock again until a lease is over; refuse if its holder beats, or has it still then."""
+        seconds = BEATS_OF_A_LEASE * self.beat_seconds
+        message = f"{self.path}: locked by another job ({_description(before)}): waiting up to {seconds:.0f} s"
+        print(f"{message} for it to beat or to let go", file=sys.stderr, flush=True)
+        for _ in range(BEATS_OF_A_LEASE):
+            time.sleep(self.beat_seconds)
+            now = self._read()
+            if now and now != before:
+                self._refuse(now)
+            if self._lock():
+                return
+        self._refuse(before)
 
     def _wait_for_silence(self, before: dict[str, Any]) -> None:
         """Refuse if the holder that `before` speaks of is alive."""

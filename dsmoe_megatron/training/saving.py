@@ -13,7 +13,6 @@ A save goes through three phases, each begun on all ranks together:
 
 import contextlib
 import dataclasses
-import json
 import pickle
 import shutil
 import time
@@ -33,6 +32,7 @@ from dsmoe_megatron.config import Config
 from dsmoe_megatron.config_parsing import save_config
 from dsmoe_megatron.durable import sync, write_durably
 from dsmoe_megatron.errors import TrainingError
+from dsmoe_megatron.json_text import json_text
 from dsmoe_megatron.run_folder import CHECKPOINTS, LATEST, Progress, step_folder_name, step_folders
 from dsmoe_megatron.runtime.distributed import raised_on_every_rank
 from dsmoe_megatron.training.engines.protocol import Engine
@@ -109,7 +109,8 @@ class CheckpointSaver:
     def __init__(self, engine: Engine, config: Config, run_dir: Path, report: Callable[[SaveReport], object]) -> None:
         self.engine, self.config, self.run_dir, self.report = engine, config, run_dir, report
         self._planner, self._memory = ShardPlanner(), HostCopies()
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        # a thread begins on device 0, where it would take memory of another rank's
+        self._thread = ThreadPoolExecutor(1, "checkpoint", torch.cuda.set_device, (torch.cuda.current_device(),))
         self._save: _Save | None = None
         self._last: SaveReport | None = None
 
@@ -119,7 +120,7 @@ class CheckpointSaver:
         if self._last is not None and self._last.failure is None and self._last.step == progress.step:
             return  # it is there already
         folder = self.run_dir / CHECKPOINTS / step_folder_name(progress.step)
-        text = json.dumps(dataclasses.asdict(progress), indent=2)  # as it is now
+        text = json_text(dataclasses.asdict(progress), indent=2)  # as it is now
         save = self._save = _Save(progress.step, folder, text, time.perf_counter())
         with _standing_still(save):
             failure = _from_rank_0(lambda: _make_empty(save.unfinished))

@@ -160,6 +160,17 @@ def test_an_estimate_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
 
 
+def test_what_is_not_known_of_deepspeed_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = ["--engine.name", "deepspeed", "--parallel.overlap", "false", "--parallel.pipeline", "1"]
+    engine += ["--parallel.expert", "1"]
+
+    assert main([*COMMAND, *engine, "--engine.zero_stage", "1"]) == 0
+    assert capsys.readouterr().err == ""
+
+    assert main([*COMMAND, *engine, "--engine.zero_stage", "3"]) == 0
+    assert "are those of engine.name megatron" in capsys.readouterr().err
+
+
 def test_the_estimates_page_is_current() -> None:
     script = ROOT / "docs" / "generate_estimates.py"
     printed = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True).stdout

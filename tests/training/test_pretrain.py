@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -143,6 +144,23 @@ def test_run_dir_continues_and_takes_later_lines_back(
     assert len(read_lines(run_dir)) == len(read_lines(whole_run))
 
 
+def test_damaged_lines_of_metrics_stop_no_resume(
+    worker_pool: WorkerPool, small_data: SmallData, whole_run: Path, tmp_path: Path
+) -> None:
+    """As a file system leaves them after a crash: other bytes in the place of a line."""
+    run_dir = tmp_path / "crashed"
+    shutil.copytree(whole_run, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
+    (run_dir / "latest").write_text("step_00000003\n")
+    first, *rest = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_bytes(b"".join([first, b"\xff\xfe\n", b"1\n", b'["step"]\n', *rest]))
+
+    worker_pool.run(1, pretrain_job, run_config(small_data, run_dir))
+
+    assert training_lines(run_dir) == training_lines(whole_run)
+    assert len(read_lines(run_dir)) == len(read_lines(whole_run))
+
+
 def test_a_run_can_be_made_longer(
     worker_pool: WorkerPool, small_data: SmallData, whole_run: Path, tmp_path: Path
 ) -> None:
@@ -198,6 +216,21 @@ def test_a_diverged_run_still_validates_and_saves(
     assert {figures["perplexity"] for figures in validation["policies"].values()} == {None}
     assert "dense: perplexity not finite at 100% active" in printed
     assert (tmp_path / "latest").read_text().strip() == "step_00000001"
+
+
+def test_figures_that_are_no_numbers_are_null_in_every_file(
+    worker_pool: WorkerPool, small_data: SmallData, tmp_path: Path
+) -> None:
+    """A step so long that weights overflow: afterwards losses, scores and entropies are NaN."""
+    optimizer = {"lr": 1e20, "clip_grad": 0.0, "warmup_steps": 0}
+    worker_pool.run(1, pretrain_job, run_config(small_data, tmp_path, optimizer=optimizer, train={"steps": 3}))
+
+    texts = [path.read_text() for path in tmp_path.glob("*.jsonl")]
+    texts += [path.read_text() for path in tmp_path.glob("checkpoints/*/progress.json")]
+    assert len(texts) >= 3
+    for text in texts:
+        assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", text))
+    assert any(line["mi_loss_mlp"] is None for line in training_lines(tmp_path).values())
 
 
 def test_baselines_train_and_validate(worker_pool: WorkerPool, small_data: SmallData, tmp_path: Path) -> None:

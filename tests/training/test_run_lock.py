@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe_megatron.errors import TrainingError
+from dsmoe_megatron.training import run_lock
 from dsmoe_megatron.training.run_lock import LOCK, RunLock
 
 BEAT_SECONDS = 0.05
@@ -109,6 +111,44 @@ def test_a_killed_holder_blocks_nobody_even_if_its_children_live(
     lock.acquire()
 
     assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
+def start_elsewhere(start_holder: Callable[[], Holder], monkeypatch: pytest.MonkeyPatch) -> Holder:
+    """A holder under another kernel, as on another node; the file server's lock is this kernel's here."""
+    with monkeypatch.context() as patched:
+        patched.setattr(run_lock, "_kernel", lambda: "another kernel")
+        return start_holder()
+
+
+def test_the_lock_of_a_node_that_is_gone_is_waited_for(
+    tmp_path: Path,
+    start_holder: Callable[[], Holder],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    holder = start_elsewhere(start_holder, monkeypatch)
+    holder.kill_child()
+    holder.stop()  # it beats no more; the server lets go of its lock later
+    let_go = threading.Timer(5 * BEAT_SECONDS, holder.process.kill)
+    let_go.start()
+
+    lock = RunLock(tmp_path, BEAT_SECONDS)
+    lock.acquire()
+
+    let_go.join()
+    assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert "for it to beat or to let go" in capsys.readouterr().err
+    lock.release()
+
+
+def test_a_locked_folder_is_refused_while_its_holder_beats_or_never_lets_go(
+    tmp_path: Path, start_holder: Callable[[], Holder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = start_elsewhere(start_holder, monkeypatch)
+    assert f"process {holder.process.pid}" in refusal(tmp_path)
+
+    holder.stop()
+    assert f"process {holder.process.pid}" in refusal(tmp_path)
 
 
 def refuse_locks(monkeypatch: pytest.MonkeyPatch) -> None:

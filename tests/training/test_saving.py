@@ -285,6 +285,23 @@ def test_damage_is_found_and_named_and_the_checkpoint_before_is_taken(
     assert (tmp_path / "checkpoints" / "step_00000006.damaged").is_dir()
 
 
+@pytest.mark.parametrize("name", ["__1_0.distcp", "manifest.json"])
+def test_a_file_that_cannot_be_read_just_now_is_not_taken_for_damage(
+    worker_pool: WorkerPool, small_data: SmallData, run_dir: Path, tmp_path: Path, name: str
+) -> None:
+    copy_until(run_dir, 6, tmp_path, first=5)
+    path = tmp_path / "checkpoints" / "step_00000006" / name
+    path.unlink()
+    path.symlink_to(path)  # to be read it would have to be resolved without end
+
+    answers = worker_pool.run(2, refused_job, run_config(small_data, tmp_path, model=DROPOUT))
+
+    for answer in answers:  # of the kind that a batch job is requeued for
+        assert answer.startswith(f"PassingError: {path}: cannot be read: Too many levels of symbolic links")
+    assert path.parent.is_dir()
+    assert (tmp_path / "latest").read_text() == "step_00000006\n"
+
+
 def test_another_run_is_left_as_it_is(worker_pool: WorkerPool, run_dir: Path, tmp_path: Path) -> None:
     copy_until(run_dir, 6, tmp_path, first=5)
     truncate(tmp_path / "checkpoints" / "step_00000006" / "common.pt")
