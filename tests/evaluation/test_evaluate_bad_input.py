@@ -97,6 +97,14 @@ def test_policy_files_that_do_not_fit(
     assert message in refusal(capsys, "--checkpoint", export.folder, "--data", export.data, *options)
 
 
+def test_a_pointer_that_is_no_text(export: Export, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "latest").write_bytes(b"step_000000\xb6\n")
+
+    text = refusal(capsys, "--checkpoint", tmp_path, "--data", export.data)
+
+    assert f"{tmp_path / 'latest'}: cannot be read" in text
+
+
 def test_checkpoints_that_are_none(export: Export, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     for folder in (tmp_path / "missing", tmp_path / "other"):
