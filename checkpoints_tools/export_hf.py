@@ -164,8 +164,7 @@ def _policy(model: ModelConfig, options: Mapping[str, Any] | ExpertPolicy) -> Ex
 
 def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     end = tokenizer.end_of_document_id
-    # a batch is padded with it; the model's own configuration has no padding token, which would freeze an embedding
-    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.padding_id}
 
 
 def _check_source(source: DistributedCheckpoint, mapping: TensorMapping) -> None:
