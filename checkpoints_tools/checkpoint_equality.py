@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
+from checkpoints_tools.distributed_checkpoint import OPTIMIZER, DistributedCheckpoint
 
-OPTIMIZER = "optimizer."
 LAYERS = "decoder.layers."  # stacked along the first axis; compared one by one, so that memory is a layer's
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -1,9 +1,11 @@
 """Read a torch distributed checkpoint, as megatron-core writes it, in one process: no process group, no megatron-core.
 
-Nothing in it can run code, and memory is what the caller asked for: see checkpoint_reading.py.
+Nothing in it can run code, and memory is what the caller asked for: see checkpoint_reading.py. Values are not checked
+while they are read: `check_files` comes first.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -11,8 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from tqdm import tqdm
 
+from dsmoe_megatron.checkpoint_manifest import find_faults, read_manifest
+from dsmoe_megatron.checkpoint_metadata import read_metadata
 from dsmoe_megatron.checkpoint_reading import CheckpointReader
+from dsmoe_megatron.errors import CheckpointError
+
+OPTIMIZER = "optimizer."  # begins the names of its tensors
 
 
 class MegatronTensors(Protocol):
@@ -28,6 +36,34 @@ class MegatronTensors(Protocol):
         """A whole tensor, or one layer of a stacked one; converted, if a dtype is given, and in the given memory, if it
         can be of use."""
         ...
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a step folder whose weights are not as they were written; where no manifest vouches for it, say so.
+
+    Files of the optimizer's state alone are passed over: whoever wants the weights does not read them.
+
+    Args:
+        folder: of the step.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or changed, or the manifest or the table of contents is damaged.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        rule = "of an earlier version, without a manifest: its values are not checked"
+        print(f"{folder}: {rule}", file=sys.stderr)
+        return
+    places = read_metadata(folder).storage_data.items()
+    of_optimizer = {place.relative_path for index, place in places if index.fqn.startswith(OPTIMIZER)}
+    of_weights = {place.relative_path for index, place in places if not index.fqn.startswith(OPTIMIZER)}
+    files = {name: entry for name, entry in manifest.files.items() if name not in of_optimizer - of_weights}
+    total, watched = sum(entry.bytes for entry in files.values()), sys.stderr.isatty()
+    with tqdm(total=total, unit="B", unit_scale=True, desc="check", leave=False, disable=not watched) as bar:
+        faults = find_faults(folder, files, bar.update)
+    if faults:
+        others = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise CheckpointError(f"{faults[0]}{others}; it is not read: name an older step folder of the run")
 
 
 class DistributedCheckpoint:

@@ -134,6 +134,10 @@ def exported_config(
         "eos_token_id": tokenizer.end_of_document_id,
         "dtype": str(dtype).removeprefix("torch."),
     }
+    if tokenizer.padding_id != tokenizer.end_of_document_id:
+        # the embedding of this token gets no gradient, so it must be none that is trained: then generation_config.json
+        # and the tokenizer alone name it
+        shared |= {"pad_token_id": tokenizer.padding_id}
     if target == "llama":
         own: dict[str, Any] = {"intermediate_size": model.intermediate_size}
     elif target == "qwen2_moe":

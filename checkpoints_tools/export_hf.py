@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint, MegatronTensors
+from checkpoints_tools.distributed_checkpoint import OPTIMIZER, DistributedCheckpoint, MegatronTensors, check_files
 from checkpoints_tools.export_formats import Format, choose_target, exported_config
 from checkpoints_tools.model_card import model_card
 from checkpoints_tools.streamed_safetensors import StreamedFile
@@ -72,6 +72,7 @@ def export(
     step_folder = find_checkpoint(checkpoint)
     if step_folder is None:
         raise CheckpointError(f"{checkpoint}: neither a run folder with a checkpoint nor a step folder")
+    check_files(step_folder)
     config, progress = load_config(step_folder / "config.yaml"), read_progress(step_folder)
     if config.data.tokenizer is None:
         raise ConfigurationError("data.tokenizer", None, f"{step_folder / 'config.yaml'} names no tokenizer to export")
@@ -163,13 +164,12 @@ def _policy(model: ModelConfig, options: Mapping[str, Any] | ExpertPolicy) -> Ex
 
 def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     end = tokenizer.end_of_document_id
-    # a batch is padded with it; the model's own configuration has no padding token, which would freeze an embedding
-    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.padding_id}
 
 
 def _check_source(source: DistributedCheckpoint, mapping: TensorMapping) -> None:
     """Before anything is read: every model tensor is in the mapping, with the mapping's shape, and no other."""
-    found = {name: shape for name, shape in source.tensor_shapes.items() if not name.startswith("optimizer.")}
+    found = {name: shape for name, shape in source.tensor_shapes.items() if not name.startswith(OPTIMIZER)}
     expected = mapping.megatron_shapes()
     check_names(found, expected, str(source.folder))
     for name, shape in found.items():
@@ -177,7 +177,7 @@ def _check_source(source: DistributedCheckpoint, mapping: TensorMapping) -> None
             rule = f"but its configuration makes it {expected[name]}"
             raise CheckpointError(f"{source.folder}: {name} has shape {shape}, {rule}")
     # megatron-core's parallel layers save an object of their own (Transformer Engine's FP8 scales), without weights
-    unknown = [n for n in source.object_names if not n.startswith("optimizer.") and "._extra_state" not in n]
+    unknown = [n for n in source.object_names if not n.startswith(OPTIMIZER) and "._extra_state" not in n]
     if unknown:
         raise CheckpointError(f"{source.folder} has unknown {', '.join(sorted(unknown))}: not a model's checkpoint")
 

@@ -5,22 +5,28 @@
 The model's own code, which travels with the export, is what runs.
 """
 
+import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError, exit_with
 
+if TYPE_CHECKING:
+    from dsmoe_megatron.inference.policy import ExpertPolicy
+
+POLICIES = ("dense", "topk", "threshold")
 PREFILL_REPEATS, PREFILL_TOKENS = 3, 512
 SHOWN_CHARACTERS = 60  # of a prompt that is refused
 
 
 def generate(
-    model_folder: str, prompt: str, policies: list[str], max_new_tokens: int, temperature: float, seed: int
+    model_folder: str, prompt: str, policies: Sequence[str] | None, max_new_tokens: int, temperature: float, seed: int
 ) -> list[dict[str, Any]]:
     """Continue the prompt under each policy.
 
@@ -28,7 +34,7 @@ def generate(
         model_folder: an export.
         prompt: text.
         policies: names; their limits (K, eps) are those of the export's config.json, its limits per layer those of the
-            policy that it names.
+            policy that it names. None is those that the model was trained for.
         max_new_tokens: tokens to generate, at most.
         temperature: of sampling; 0 takes the most probable token.
         seed: of sampling.
@@ -42,16 +48,19 @@ def generate(
     """
     import torch
 
+    from dsmoe_megatron.inference.policy import ExpertPolicy
+
     tokenizer, model = _load(model_folder)
+    policies = _fitting(policies, model)
     inputs = tokenizer(prompt, return_tensors="pt")
     _check_lengths(prompt, inputs.input_ids.shape[1], max_new_tokens, model.config.max_position_embeddings)
     length = min(PREFILL_TOKENS, model.config.max_position_embeddings)
     window = inputs.input_ids.repeat(1, length // inputs.input_ids.shape[1] + 1)[:, :length]
-    own_policy, own_layers = (getattr(model.config, name, None) for name in ("expert_policy", "expert_policy_layers"))
+    own = ExpertPolicy.from_config(model.config)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     results = []
     for policy in policies:
-        _set_policy(model, policy, own_layers if policy == own_policy else None)
+        _set_policy(model, policy, own)
         with torch.no_grad():
             model(window, logits_to_keep=1)  # warm up
             started = time.perf_counter()
@@ -105,14 +114,33 @@ def _check_lengths(prompt: str, tokens: int, max_new_tokens: int, positions: int
         raise ConfigurationError("--max-new-tokens", max_new_tokens, rule + f"{positions - tokens:,} are left")
 
 
-def _set_policy(model: Any, policy: str, layers: Any) -> None:
-    """Models of other architectures have one way to compute, whatever the policy is called."""
+def _fitting(policies: Sequence[str] | None, model: Any) -> Sequence[str]:
+    """The policies asked for, or the default ones, if the model was trained for them."""
+    from checkpoints_tools.export_formats import TRAINED_K
+
+    if getattr(model.config, TRAINED_K, None) is None:
+        return POLICIES if policies is None else policies
+    for policy in policies or ():
+        if policy != "topk":
+            rule = "a sparse-trained model chooses experts as it was trained, by topk"
+            raise ConfigurationError("--policies", policy, rule)
+    return policies or ("topk",)
+
+
+def _set_policy(model: Any, policy: str, own: "ExpertPolicy") -> None:
+    """Every limit is given, since the model keeps those of the policy before, which may have dropped the export's.
+
+    Models of other architectures have one way to compute, whatever the policy is called.
+    """
     if not hasattr(model, "set_policy"):
         return
     if policy == "threshold_topk":
         raise ConfigurationError("--policies", policy, "depends on the whole batch and is for evaluation only")
+    values = {name: value for name, value in dataclasses.asdict(own).items() if value is not None}
+    if policy != own.expert_policy:
+        values.pop("expert_policy_layers", None)  # they are limits of the policy that the export names
     try:
-        model.set_policy(policy, expert_policy_layers=layers)
+        model.set_policy(**values | {"expert_policy": policy})
     except ValueError as error:
         raise ConfigurationError("--policies", policy, str(error)) from None
 
@@ -122,7 +150,13 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="generate.py", description="Generate text with an exported model")
     parser.add_argument("--model", type=str, required=True, help="folder of the export")
     parser.add_argument("--prompt", type=str, required=True, help="text to continue")
-    parser.add_argument("--policies", type=str, nargs="+", default=["dense", "topk", "threshold"], help="in turn")
+    parser.add_argument(
+        "--policies",
+        type=str,
+        nargs="+",
+        metavar="POLICY",
+        help=f"in turn; default: {' '.join(POLICIES)}, or topk alone for a sparse-trained model",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=40, help="tokens to generate, at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")
     parser.add_argument("--seed", type=int, default=1234, help="of sampling")

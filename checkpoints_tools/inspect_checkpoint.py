@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
+from checkpoints_tools.distributed_checkpoint import OPTIMIZER, DistributedCheckpoint
 from dsmoe_megatron.checkpoint_manifest import Manifest, read_manifest
 from dsmoe_megatron.config import Config
 from dsmoe_megatron.config_parsing import load_config
@@ -23,7 +23,6 @@ from dsmoe_megatron.errors import CheckpointError, DSMoEError, exit_with
 from dsmoe_megatron.recipe_text import recipe_text
 from dsmoe_megatron.run_folder import find_checkpoint, read_progress, saved_step, step_folders
 
-OPTIMIZER = "optimizer."
 # the first that is part of a tensor's name decides
 KINDS = {
     "router": "routers",

@@ -55,14 +55,16 @@ def verify_manifests(checkpoint: Path) -> None:
 
 
 def verify_logits(checkpoint: Path, folder: Path) -> None:
-    """Check that an export is whole and computes what the training checkpoint computes; prints a table.
+    """Check that checkpoint and export are whole and that the export computes what was trained; prints a table.
 
     Raises:
         CheckpointError: it does not.
     """
+    from checkpoints_tools.distributed_checkpoint import check_files
     from checkpoints_tools.logits_comparison import TOLERANCE, compare_logits
 
     step_folder = _step_folder(checkpoint)
+    check_files(step_folder)
     verify_export(folder)
     faults = []
     print(f"{'policy':<28} {'tokens':>10} {'largest difference':>20} {'of largest logit':>17} {'greedy equal':>13}")

@@ -11,7 +11,7 @@ changes a file on purpose neither helps, since he can change the manifest too. `
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -27,6 +27,9 @@ FORMAT = 1
 REPORTED_LIBRARIES = ("dsmoe-megatron", "torch", "megatron-core")
 BLOCK_BYTES = 8 << 20
 THREADS = 2  # per process
+
+Advance = Callable[[int], object]
+"""Is told how many more bytes have been read."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,16 @@ class Manifest:
     versions: dict[str, str | None]
 
 
-def entry_of(path: Path) -> FileEntry:
+def _ignore(count: int) -> None:
+    pass
+
+
+def entry_of(path: Path, advance: Advance = _ignore) -> FileEntry:
     """Read a file and describe it.
+
+    Args:
+        path: of the file.
+        advance: for a progress bar.
 
     Raises:
         OSError: it cannot be read.
@@ -69,6 +80,7 @@ def entry_of(path: Path) -> FileEntry:
         while count := file.readinto(block):
             digest.update(block[:count])
             size += count
+            advance(count)
     return FileEntry(size, digest.hexdigest())
 
 
@@ -132,7 +144,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise CheckpointError(f"{path}: not a manifest of a step folder ({error})") from None
 
 
-def find_fault(folder: Path, name: str, entry: FileEntry) -> str | None:
+def find_fault(folder: Path, name: str, entry: FileEntry, advance: Advance = _ignore) -> str | None:
     """What is wrong with a file of a step folder, in a line that names it; None if it is as it was written.
 
     Raises:
@@ -144,7 +156,7 @@ def find_fault(folder: Path, name: str, entry: FileEntry) -> str | None:
         if size != entry.bytes:
             state = "truncated" if size < entry.bytes else "too long"
             return f"{path}: {state}: {size:,} bytes where the manifest says {entry.bytes:,}"
-        if entry_of(path) != entry:
+        if entry_of(path, advance) != entry:
             return f"{path}: damaged: its checksum is not the manifest's"
     except FileNotFoundError:
         return f"{path}: missing"
@@ -153,14 +165,14 @@ def find_fault(folder: Path, name: str, entry: FileEntry) -> str | None:
     return None
 
 
-def find_faults(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
+def find_faults(folder: Path, files: Mapping[str, FileEntry], advance: Advance = _ignore) -> list[str]:
     """What is wrong with these files of a step folder, a line each, by name.
 
     Raises:
         PassingError: one cannot be read.
     """
     with ThreadPoolExecutor(THREADS) as threads:
-        faults = threads.map(lambda name: find_fault(folder, name, files[name]), sorted(files))
+        faults = threads.map(lambda name: find_fault(folder, name, files[name], advance), sorted(files))
         return [fault for fault in faults if fault is not None]
 
 

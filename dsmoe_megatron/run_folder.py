@@ -72,14 +72,17 @@ def find_checkpoint(path: Path) -> Path | None:
     """The step folder that a run folder or a step folder stands for; None if a run folder has none yet.
 
     Raises:
-        CheckpointError: `latest` names a folder that is not there or not whole.
+        CheckpointError: `latest` cannot be read, or names a folder that is not there or not whole.
     """
     if is_step_folder(path):
         return path
     latest = path / LATEST
     if not latest.is_file():
         return None
-    folder = path / CHECKPOINTS / latest.read_text(encoding="utf-8").strip()
+    try:
+        folder = path / CHECKPOINTS / latest.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{latest}: cannot be read: {error}") from None
     if not is_step_folder(folder):
         raise CheckpointError(f"{latest}: names {folder.name}, which is not a whole checkpoint in {folder.parent}")
     return folder

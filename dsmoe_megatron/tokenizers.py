@@ -67,6 +67,11 @@ class Tokenizer(ABC):
     def to_huggingface(self) -> tuple["tokenizers.Tokenizer", dict[str, Any]]:
         """An equal `tokenizers.Tokenizer`, and the named special tokens for PreTrainedTokenizerFast."""
 
+    @property
+    @abstractmethod
+    def padding_id(self) -> int:
+        """The id that fills up the shorter texts of a batch: the tokenizer's own, else the end of document."""
+
     @abstractmethod
     def token_id(self, token: str) -> int | None:
         """The id of a token; None if there is no such one."""
@@ -106,7 +111,9 @@ def save_huggingface(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write tokenizer files with which `AutoTokenizer.from_pretrained(folder)` gives the ids that `tokenizer` gives.
 
     The saved tokenizer treats special tokens in text as `tokenizer` does, except where it has a chat template: such a
-    template writes special tokens as text, so it needs them parsed.
+    template writes special tokens as text, so it needs them parsed. Its BOS is the end of document, since that is what
+    texts follow in training; it is not added. Batches are padded on the left, with `padding_id`, so that all texts end
+    where generation goes on.
 
     Raises:
         TokenizerError: a setting of a sentencepiece model has no exact counterpart in a Hugging Face tokenizer.
@@ -114,11 +121,13 @@ def save_huggingface(tokenizer: Tokenizer, folder: str | Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     backend, names = tokenizer.to_huggingface()
+    names = {"pad_token": names["eos_token"], **names, "bos_token": names["eos_token"]}
     split_special_tokens = not tokenizer.parse_special and names.get("chat_template") is None
     PreTrainedTokenizerFast(
         tokenizer_object=backend,
         split_special_tokens=split_special_tokens,
         clean_up_tokenization_spaces=False,
+        padding_side="left",
         **names,
     ).save_pretrained(folder)
 
@@ -182,6 +191,11 @@ class SentencePieceTokenizer(Tokenizer):
 
         model = sentencepiece_model_pb2.ModelProto.FromString(self.model_bytes)
         return _convert_sentencepiece(model, self.spec), _special_token_names(self._processor)
+
+    @property
+    def padding_id(self) -> int:
+        own = int(self._processor.pad_id())
+        return self.end_of_document_id if own < 0 else own
 
     def token_id(self, token: str) -> int | None:
         found = int(self._processor.piece_to_id(token))
@@ -269,6 +283,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def to_huggingface(self) -> tuple["tokenizers.Tokenizer", dict[str, Any]]:
         return self._backend, self._names
+
+    @property
+    def padding_id(self) -> int:
+        own = self._names.get("pad_token")
+        found = None if own is None else self.token_id(own)
+        return self.end_of_document_id if found is None else found
 
     def token_id(self, token: str) -> int | None:
         found = self._backend.token_to_id(token)

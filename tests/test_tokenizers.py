@@ -116,10 +116,28 @@ def test_saved_folder_gives_the_same_ids_and_text(
     ids = tokenizer.encode_batch(texts)
 
     assert saved(texts).input_ids == ids
-    assert saved.eos_token_id == tokenizer.end_of_document_id
+    assert saved.eos_token_id == saved.bos_token_id == tokenizer.end_of_document_id
     assert len(saved) == tokenizer.vocab_size
     decoded = [saved.decode(i, skip_special_tokens=True) for i in ids]
     assert decoded == [tokenizer.decode(i) for i in ids]
+
+
+@pytest.mark.parametrize(
+    ("kind", "padding"), [("sentencepiece", "<pad>"), ("sentencepiece without padding", "</s>"), ("huggingface", None)]
+)
+def test_batches_are_padded_on_the_left(specs: dict[str, str], kind: str, padding: str | None, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(specs.get(kind) or sentencepiece_model(tmp_path / "unpadded.model", pad_id=-1))
+    save_huggingface(tokenizer, tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    short, long = tokenizer.encode_batch(["return", "return self.turn"])
+
+    batch = saved(["return", "return self.turn"], padding=True)
+
+    missing = len(long) - len(short)
+    assert missing
+    assert batch.input_ids == [[tokenizer.padding_id] * missing + short, long]
+    assert batch.attention_mask == [[0] * missing + [1] * len(short), [1] * len(long)]
+    assert tokenizer.padding_id == tokenizer.token_id(padding or "<|endoftext|>")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
+from checkpoints_tools.distributed_checkpoint import OPTIMIZER, DistributedCheckpoint, check_files
 from checkpoints_tools.hf_architecture import model_section, sparse_training
 from checkpoints_tools.safetensors_folder import AsMegatron, SafetensorsFolder
 from dsmoe_megatron.config import ModelConfig
@@ -120,6 +120,7 @@ def load_model(checkpoint: Path, dtype: torch.dtype | None = None) -> LoadedMode
 
 
 def _load_step(step_folder: Path, dtype: torch.dtype | None) -> LoadedModel:
+    check_files(step_folder)
     recipe, progress = load_config(step_folder / "config.yaml"), read_progress(step_folder)
     if recipe.data.tokenizer is None:
         raise ConfigurationError("data.tokenizer", None, f"{step_folder / 'config.yaml'} names no tokenizer")
@@ -158,7 +159,7 @@ def _read_tensors(step_folder: Path, architecture: ModelConfig, vocab_size: int)
     mapping = TensorMapping(
         architecture, vocab_size, architecture.padded_vocab_size, expert_training=architecture.expert_training
     )
-    found = [name for name in source.tensor_shapes if not name.startswith("optimizer.")]
+    found = [name for name in source.tensor_shapes if not name.startswith(OPTIMIZER)]
     check_names(dict.fromkeys(found), mapping.megatron_shapes(), str(step_folder))
     return _as_exported(source, mapping)
 

@@ -34,7 +34,7 @@ def evaluate_tasks(
         tasks: names, or paths of YAML files.
         num_fewshot: examples before each question; None is the task's own number.
         limit: questions of each task; None is all.
-        batch_size: requests of one forward pass.
+        batch_size: requests of one forward pass; under threshold_topk it is one.
 
     Returns:
         Policy -> task -> metric (with its filter, as `acc,none`) -> value.
@@ -60,16 +60,19 @@ def evaluate_tasks(
     names = [_task_name(task) if task.endswith(YAML_ENDINGS) else task for task in tasks]
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ConfigurationError("--tasks", ", ".join(unknown), "lm-evaluation-harness knows no such task")
-    model = HFLM(
-        pretrained=loaded.model,
-        backend="causal",
-        tokenizer=_huggingface_tokenizer(loaded),
-        batch_size=batch_size,
-        max_length=loaded.architecture.max_position_embeddings,
-    )
+    tokenizer, end_of_document = _huggingface_tokenizer(loaded), loaded.tokenizer().end_of_document_id
     scores = {}
     for policy_name, policy in policies.items():
         loaded.set_policy(policy)
+        model = HFLM(
+            pretrained=loaded.model,
+            backend="causal",
+            tokenizer=tokenizer,
+            # the harness pads without telling the model, and this policy counts every token of a call
+            batch_size=1 if policy.expert_policy == "threshold_topk" else batch_size,
+            max_length=loaded.architecture.max_position_embeddings,
+            prefix_token_id=end_of_document,  # as in training, where every text follows one
+        )
         try:
             found: Any = lm_eval.simple_evaluate(
                 model, tasks=names, num_fewshot=num_fewshot, limit=limit, task_manager=manager, bootstrap_iters=0

@@ -47,7 +47,6 @@ folder = {str(output)!r}
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 AutoModel.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
 ids, logits = torch.tensor({token_ids().tolist()}), {{}}
 logits["default"] = model(ids).logits.detach()
 for policy in ("dense", "topk", "threshold"):
@@ -96,7 +95,12 @@ def test_configuration_tokenizer_and_card_tell_of_the_run(run: Run, tmp_path: Pa
     assert config["vocab_size"] == 257
     assert {name: config[name] for name in options} == options
     assert config["norm_topk_prob"] is False
-    assert config["eos_token_id"] == tokenizer.eos_token_id == generation["pad_token_id"] == 256
+    for ends in (config, generation):
+        assert ends["bos_token_id"] == ends["eos_token_id"] == 256
+    assert (
+        tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id == generation["pad_token_id"] == 256
+    )
+    assert config.get("pad_token_id") is None  # else fine-tuning would leave out the embedding of the end of document
     assert load(tmp_path / "export").dtype == torch.bfloat16
     for fact in (
         "| Steps | 7 |",
@@ -107,6 +111,27 @@ def test_configuration_tokenizer_and_card_tell_of_the_run(run: Run, tmp_path: Pa
         "num_experts: 5",
     ):
         assert fact in card
+
+
+@pytest.mark.parametrize("padding", [None, "\u00ff"])  # how a byte is written that no text has
+@pytest.mark.parametrize("architecture", [ARCHITECTURE, LLAMA], ids=["dsmoe", "llama"])
+def test_a_batch_of_prompts_is_continued_as_each_alone(
+    tmp_path: Path, tokenizer_folder: Path, architecture: Any, padding: str | None
+) -> None:
+    original = AutoTokenizer.from_pretrained(tokenizer_folder, pad_token=padding)
+    original.save_pretrained(tmp_path / "tokenizer")
+    run = make_run(tmp_path / "run", tmp_path / "tokenizer", architecture)
+    export(run.folder, tmp_path / "export")
+    model, tokenizer = load(tmp_path / "export"), AutoTokenizer.from_pretrained(tmp_path / "export")
+    prompts = ["ab", "def main(x):", "import"]
+    length = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+
+    batch = model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), **length)
+
+    alone = [model.generate(**tokenizer(prompt, return_tensors="pt"), **length)[0] for prompt in prompts]
+    assert batch[:, -8:].tolist() == [ids[-8:].tolist() for ids in alone]
+    own = original.pad_token_id
+    assert (model.config.pad_token_id, model.generation_config.pad_token_id) == (own, own or original.eos_token_id)
 
 
 def test_the_card_counts_limits_per_layer(run: Run, tmp_path: Path) -> None:
@@ -249,6 +274,6 @@ def test_an_error_is_one_line_and_a_non_zero_exit(
         main()
 
     assert end.value.code == 2
-    assert capsys.readouterr().err.splitlines() == [
+    assert capsys.readouterr().err.splitlines()[1:] == [  # the first one: no manifest vouches for this checkpoint
         "export_hf: error: num_experts_per_tok = 9: must be a whole number from 1 to the 5 experts"
     ]

@@ -3,6 +3,7 @@
 import io
 import pickle
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
 from checkpoints_tools.export_hf import export
+from dsmoe_megatron.checkpoint_manifest import entries_of, write_manifest
+from dsmoe_megatron.checkpoint_metadata import read_metadata
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError
 from tests.made_up_runs import ARCHITECTURE, Run, make_run
 
@@ -90,6 +95,53 @@ def test_a_damaged_piece_is_named_and_nothing_is_left(tmp_path: Path, tokenizer_
         export(run.folder, tmp_path / "export")
 
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def vouched_copy(run: Run, folder: Path) -> dict[str, set[str]]:
+    """Save a run's checkpoint with each tensor in a file of its own, and a manifest; gives the files of each tensor."""
+    saved = DistributedCheckpoint(run.step_folder)
+    writer = dcp.FileSystemWriter(folder, single_file_per_rank=False)
+    dcp.save({name: saved.read(name) for name in saved.tensor_shapes}, storage_writer=writer, no_dist=True)
+    for name in ("config.yaml", "progress.json"):
+        shutil.copy(run.step_folder / name, folder / name)
+    write_manifest(folder, entries_of(folder))
+    places: dict[str, set[str]] = {}
+    for index, place in read_metadata(folder).storage_data.items():
+        places.setdefault(index.fqn, set()).add(place.relative_path)
+    return places
+
+
+def test_a_changed_byte_is_named_and_nothing_is_left(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = vouched_copy(run, tmp_path / "step")
+    (file,) = places["embedding.word_embeddings.weight"]
+    content = bytearray((tmp_path / "step" / file).read_bytes())
+    content[len(content) // 2] ^= 1  # the value stays finite
+    (tmp_path / "step" / file).write_bytes(content)
+
+    with pytest.raises(CheckpointError, match=rf"{file}: damaged: its checksum is not the manifest's"):
+        export(tmp_path / "step", tmp_path / "export")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["step"]
+    assert capsys.readouterr().err == ""
+
+
+def test_files_of_the_optimizer_alone_are_not_asked_for(run: Run, tmp_path: Path) -> None:
+    places = vouched_copy(run, tmp_path / "step")
+    for name, files in places.items():
+        for file in files if name.startswith("optimizer.") else ():
+            (tmp_path / "step" / file).unlink()
+
+    assert export(tmp_path / "step", tmp_path / "export") == len(run.tensors)
+
+
+def test_a_checkpoint_without_a_manifest_is_exported_with_a_word(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(run.folder, tmp_path / "export")
+
+    assert f"{run.step_folder}: of an earlier version, without a manifest" in capsys.readouterr().err
 
 
 def test_a_table_of_contents_cannot_run_code(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -133,6 +133,24 @@ def test_an_export_that_computes_something_else_is_told(
     assert "policy threshold 0.48: logits differ by up to" in verdict.errors[0]
 
 
+def test_a_damaged_checkpoint_is_told_even_where_the_export_was_made_of_it(
+    trained: Trained, verify: Verify, tmp_path: Path
+) -> None:
+    run, copy = trained.run("moa"), tmp_path / "run"
+    export(run, tmp_path / "export")
+    shutil.copytree(run, copy)
+    shard = next((copy / "checkpoints").glob("*/*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 64  # behind the last value
+    shard.write_bytes(content)
+
+    verdict = verify("--checkpoint", copy, "--hf", tmp_path / "export")
+
+    assert verdict.code == 1
+    assert len(verdict.errors) == 1
+    assert f"{shard}: damaged: its checksum is not the manifest's" in verdict.errors[0]
+
+
 def test_another_vocabulary_is_told(trained: Trained, verify: Verify, tokenizer_folder: Path, tmp_path: Path) -> None:
     other = make_run(tmp_path / "run", tokenizer_folder, ARCHITECTURE)
     export(other.folder, tmp_path / "export")

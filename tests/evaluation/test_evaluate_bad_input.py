@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,14 @@ def test_policy_files_that_do_not_fit(
     assert message in refusal(capsys, "--checkpoint", export.folder, "--data", export.data, *options)
 
 
+def test_a_pointer_that_is_no_text(export: Export, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "latest").write_bytes(b"step_000000\xb6\n")
+
+    text = refusal(capsys, "--checkpoint", tmp_path, "--data", export.data)
+
+    assert f"{tmp_path / 'latest'}: cannot be read" in text
+
+
 def test_checkpoints_that_are_none(export: Export, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     for folder in (tmp_path / "missing", tmp_path / "other"):
@@ -139,13 +148,40 @@ def test_damaged_exports(export: Export, capsys: pytest.CaptureFixture[str], tmp
     assert message in refusal(capsys, "--checkpoint", folder, "--data", export.data)
 
 
-def test_damaged_runs(trained_run: TrainedRun, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def change_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "damage", "message"),
+    [
+        ("*.distcp", cut_short, "truncated: 2,000 bytes"),
+        ("*.distcp", change_a_byte, "damaged: its checksum"),
+        ("config.yaml", change_a_byte, "damaged: its checksum"),
+        ("manifest.json", change_a_byte, "damaged: "),
+        ("*.distcp", Path.unlink, "missing"),
+    ],
+)
+def test_damaged_runs(
+    trained_run: TrainedRun,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    pattern: str,
+    damage: Callable[[Path], None],
+    message: str,
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(trained_run.folder, folder)
-    shard = next((folder / "checkpoints").glob("*/*.distcp"))
-    shard.write_bytes(shard.read_bytes()[:2000])
+    damaged = next((folder / "checkpoints").glob(f"*/{pattern}"))
+    damage(damaged)
 
-    assert "cannot be read" in refusal(capsys, "--checkpoint", folder, "--data", trained_run.data)
+    assert f"{damaged}: {message}" in refusal(capsys, "--checkpoint", folder, "--data", trained_run.data)
 
 
 def test_data_of_another_vocabulary(

@@ -2,16 +2,20 @@
 
 import importlib.util
 import json
+import math
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from dsmoe_megatron.__main__ import main
 from dsmoe_megatron.tokenizers import load_tokenizer
 from tests import reference_model as reference
-from tests.evaluation.conftest import ARCHITECTURE, Export
+from tests.evaluation.conftest import ARCHITECTURE, END_OF_DOCUMENT, Export
 from tests.requirements import lacks
 
 QUESTIONS = (("ab", ["cd", "xy"], 0), ("import ", ["os", "zz"], 1), ("for x", [" in", "!!"], 0), ("a", ["b", "c"], 1))
@@ -49,6 +53,54 @@ def test_a_local_task_scores_as_by_the_equations(
     for name, fields in {"dense": {}, "topk 1": {"expert_policy": "topk", "num_experts_per_tok": 1}}.items():
         policy = reference.ReferencePolicy(**fields)  # type: ignore[arg-type]
         assert scores[name]["tiny_questions"]["acc,none"] == accuracy(export, policy)
+
+
+TEXTS = ("for x in y", "a", "import os, sys")  # each shorter than a window, so that it is scored in one pass
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A task that scores whole texts, from their first token on."""
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    path = tmp_path / "texts.yaml"
+    path.write_text(
+        "task: whole_texts\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'texts.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: loglikelihood_rolling\n"
+        'doc_to_text: ""\ndoc_to_target: "{{text}}"\nmetric_list: [{metric: byte_perplexity}]\n'
+    )
+    return path
+
+
+@pytest.mark.usefixtures("harness")
+def test_texts_of_any_length_follow_the_end_of_a_document(
+    export: Export, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under every policy, and whatever else the tokenizer calls the beginning of a text."""
+    folder = tmp_path / "export"
+    shutil.copytree(export.folder, folder)
+    AutoTokenizer.from_pretrained(folder, bos_token="\u00ff").save_pretrained(folder)  # the byte 255: in no text
+    options = ["--thresholds", "0.9", "--threshold-top-k", "0.9", "--json"]
+
+    assert main(["evaluate", "--checkpoint", str(folder), "--tasks", str(texts), *options]) == 0
+
+    output = capsys.readouterr().out
+    scores = json.loads(output[output.index("{\n") :])["tasks"]
+    names: dict[str, Any] = {"dense": "dense", "threshold 0.9": "threshold", "threshold_topk 0.9": "threshold_topk"}
+    for name, policy in names.items():
+        expected = byte_perplexity(export, reference.ReferencePolicy(policy, expert_threshold=0.9))
+        assert scores[name]["whole_texts"]["byte_perplexity,none"] == pytest.approx(expected, rel=1e-4)
+
+
+def byte_perplexity(export: Export, policy: reference.ReferencePolicy) -> float:
+    """Of all texts, each by itself; the tests' tokenizer makes a token of each byte."""
+    tokenizer = load_tokenizer(str(export.folder))
+    losses = []
+    for text in TEXTS:
+        ids = torch.tensor([[END_OF_DOCUMENT, *tokenizer.encode(text)]])
+        logits = reference.reference_forward(ARCHITECTURE, export.tensors, ids[:, :-1], policy).logits[0]
+        losses += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").tolist()
+    return math.exp(sum(losses) / len(losses))
 
 
 def accuracy(export: Export, policy: reference.ReferencePolicy) -> float:

@@ -43,6 +43,15 @@ def test_where_the_newest_is_gone_the_one_before_counts(tmp_path: Path, capsys: 
     assert capsys.readouterr().out == f"step 3 of 9 in {tmp_path}\n"
 
 
+def test_where_the_pointer_is_damaged_the_newest_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "latest").write_bytes(b"step_000000\xb6\n")
+    (tmp_path / "checkpoints" / "step_00000003").mkdir(parents=True)
+
+    assert main(["progress", *arguments(tmp_path)]) == 0
+
+    assert capsys.readouterr().out == f"step 3 of 9 in {tmp_path}\n"
+
+
 def test_a_recipe_that_cannot_run_on_any_number_of_processes_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
