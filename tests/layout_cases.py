@@ -25,7 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "sparse baseline": {
         "attention_type": "gqa",
         "num_experts": 4,
-        "num_experts_per_tok": 4,
+        "num_experts_per_tok": 2,
         "expert_training": "sparse",
     },
 }

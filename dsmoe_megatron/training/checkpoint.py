@@ -21,6 +21,7 @@ from dsmoe_megatron.config_parsing import load_config
 from dsmoe_megatron.errors import CheckpointError, TrainingError, first_line
 from dsmoe_megatron.run_folder import Progress, read_progress
 from dsmoe_megatron.training.engines.protocol import Engine
+from dsmoe_megatron.training.optimizer_shards import PREFIX
 from dsmoe_megatron.training.shard_writing import COMMON_FILE
 
 READERS = 2  # threads per rank
@@ -133,16 +134,34 @@ def _fill(shards: list[ShardedTensor], names: set[str], folder: Path) -> None:
             raise CheckpointError(f"{folder}: cannot be loaded: {what}: {', '.join(sorted(those)[:5])}")
 
     def read(shard: ShardedTensor) -> None:
-        shape = tuple(reader.entry(shard.key).size)
-        if shape != tuple(shard.global_shape):
-            raise CheckpointError(f"{folder}: {shard.key} has shape {shape}, not {tuple(shard.global_shape)}")
         assert shard.data is not None
+        name = _saved_values(reader, shard.key, shard.data.dtype)
+        shape = tuple(reader.entry(name).size)
+        if shape != tuple(shard.global_shape):
+            raise CheckpointError(f"{folder}: {name} has shape {shape}, not {tuple(shard.global_shape)}")
         target = shard.data.detach().view((1,) * shard.prepend_axis_num + tuple(shard.local_shape))
-        reader.read_into(target, shard.key, shard.global_offset)
+        reader.read_into(target, name, shard.global_offset)
 
     with ThreadPoolExecutor(READERS, "checkpoint reader") as threads:
         for _ in threads.map(read, shards):
             pass
+
+
+def _saved_values(reader: CheckpointReader, key: str, dtype: torch.dtype) -> str:
+    """The saved tensor that a weight or a state is read from: its own, unless that has lost digits.
+
+    A weight that was saved in bf16 is a rounding of its float32 master. Where weights are float32 the optimizer trains
+    them themselves, in the same memory: both must be read from the master, else the last one read would win, and
+    data-parallel ranks would begin with rounded values in the ranges that others own.
+
+    Args:
+        reader: of the checkpoint.
+        key: of what is read.
+        dtype: that it has here.
+    """
+    master = f"{PREFIX}.param.{key}"
+    is_rounded = reader.entry(key).properties.dtype.itemsize < dtype.itemsize
+    return master if is_rounded and master in reader.metadata.state_dict_metadata else key
 
 
 def _common_state(folder: Path) -> dict[str, Any]:

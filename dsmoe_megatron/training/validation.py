@@ -12,8 +12,12 @@ from dsmoe_megatron.inference.policy import ExpertPolicy, active_experts, policy
 from dsmoe_megatron.model.router import RouterKind
 from dsmoe_megatron.perplexity import perplexity_of
 from dsmoe_megatron.planning.parameters import active_share
+from dsmoe_megatron.training.engines.passes import counted_tokens
 from dsmoe_megatron.training.engines.protocol import Batch, Engine
 from dsmoe_megatron.training.guards import finite
+
+# this rank's micro-batches of a global batch, and how many of its tokens count, relative to the mean of all batches
+WeightedBatch = tuple[Sequence[Batch], float]
 
 
 def validate(
@@ -28,11 +32,13 @@ def validate(
         batch_done: is called after every batch.
 
     Returns:
-        validation_loss [nats per token] as the model was trained (dense, or the sparse baseline's own top-k), and
-        policies: name -> perplexity and active_share (of parameters without embeddings); the same on every rank. Of a
-        run that has diverged, losses and perplexities that are no finite number are None.
+        validation_loss [nats per token, mean over all that count] as the model was trained (dense, or the sparse
+        baseline's own top-k), and policies: name -> perplexity and active_share (of parameters without embeddings);
+        the same on every rank. Of a run that has diverged, losses and perplexities that are no finite number are None.
     """
-    loss = _mean_loss(engine, batches, batch_done)
+    tokens_N = counted_tokens(batches, config, engine.device)
+    weighted = list(zip(batches, (tokens_N / tokens_N.mean()).tolist(), strict=True))
+    loss = _mean_loss(engine, weighted, batch_done)
     model = config.model
     trained_sparse = model.has_mlp_router and model.expert_training == "sparse"
     name = f"topk {model.num_experts_per_tok}" if trained_sparse else "dense"
@@ -43,7 +49,7 @@ def validate(
     if model.has_attention_router or (model.has_mlp_router and not trained_sparse):
         for section in config.evaluation.policies:
             policy = resolve_policy(section, config)
-            policies[policy_name(policy)] = _under_policy(engine, batches, policy, config, batch_done)
+            policies[policy_name(policy)] = _under_policy(engine, weighted, policy, config, batch_done)
     return {"validation_loss": finite(loss), "policies": policies}
 
 
@@ -90,7 +96,7 @@ class _CountingChoice:
 
 def _under_policy(
     engine: Engine,
-    batches: Sequence[Sequence[Batch]],
+    weighted: Sequence[WeightedBatch],
     policy: ExpertPolicy,
     config: Config,
     batch_done: Callable[[], None],
@@ -99,7 +105,7 @@ def _under_policy(
     for router in engine.routers:
         router.control.choose_experts = choice
     try:
-        loss = _mean_loss(engine, batches, batch_done)
+        loss = _mean_loss(engine, weighted, batch_done)
     finally:
         for router in engine.routers:
             router.control.choose_experts = None
@@ -109,9 +115,9 @@ def _under_policy(
     return {"perplexity": finite(perplexity_of(loss)), "active_share": share}
 
 
-def _mean_loss(engine: Engine, batches: Sequence[Sequence[Batch]], batch_done: Callable[[], None]) -> float:
+def _mean_loss(engine: Engine, weighted: Sequence[WeightedBatch], batch_done: Callable[[], None]) -> float:
     total = 0.0
-    for micro_batches in batches:
-        total += engine.evaluate(micro_batches)
+    for micro_batches, weight in weighted:
+        total += weight * engine.evaluate(micro_batches)
         batch_done()
-    return total / len(batches)
+    return total / len(weighted)

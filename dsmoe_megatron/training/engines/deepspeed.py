@@ -32,10 +32,11 @@ from dsmoe_megatron.runtime.compiler import nothing_compiled
 from dsmoe_megatron.training.engines.passes import (
     forward,
     initial_chunks,
-    masked_mean,
+    loss_share,
     mean_over_ranks,
     on_device,
     sharded_weights_of,
+    tokens_per_micro_batch,
 )
 from dsmoe_megatron.training.engines.protocol import Batch, StepResult
 from dsmoe_megatron.training.engines.zero_partitions import ZeroPartitions, optimizer_of_stage_3
@@ -91,9 +92,10 @@ class DeepSpeedEngine:
         # loss, and context-parallel ranks hold shares of one loss where data-parallel ranks are averaged over
         scale = parallel_state.get_context_parallel_world_size() / len(micro_batches)
         MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), scale, device=self.device))
+        tokens = tokens_per_micro_batch(micro_batches, self.config, self.device)
         losses = []
         for micro_batch in micro_batches:
-            loss = self._loss(micro_batch)
+            loss = self._loss(micro_batch, tokens)
             losses.append(loss.detach())
             self.zero.backward(loss * scale, scale_wrt_gas=False)
         self.gradients_ready()
@@ -103,11 +105,12 @@ class DeepSpeedEngine:
     def evaluate(self, micro_batches: Sequence[Batch]) -> float:
         """Mean cross-entropy over a global batch without training [nats per token]."""
         self.zero.eval()
-        return mean_over_ranks([self._loss(micro_batch) for micro_batch in micro_batches], self.device)
+        tokens = tokens_per_micro_batch(micro_batches, self.config, self.device)
+        return mean_over_ranks([self._loss(micro_batch, tokens) for micro_batch in micro_batches], self.device)
 
-    def _loss(self, micro_batch: Batch) -> Tensor:
+    def _loss(self, micro_batch: Batch, tokens: Tensor) -> Tensor:
         batch = on_device(micro_batch, self.config, self.device)
-        return masked_mean(batch["loss_mask"], forward(self.zero, batch))
+        return loss_share(batch["loss_mask"], forward(self.zero, batch), tokens)
 
     def sharded_weights(self) -> dict[str, Any]:
         """Weights as megatron-core's sharded tensors, parts of one global tensor per parameter."""

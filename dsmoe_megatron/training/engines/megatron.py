@@ -22,10 +22,11 @@ from dsmoe_megatron.model.transformer_config import transformer_config
 from dsmoe_megatron.training.engines.passes import (
     forward,
     initial_chunks,
-    masked_mean,
+    loss_share,
     mean_over_ranks,
     on_device,
     sharded_weights_of,
+    tokens_per_micro_batch,
 )
 from dsmoe_megatron.training.engines.protocol import Batch, StepResult
 from dsmoe_megatron.training.optimizer import (
@@ -138,11 +139,12 @@ class MegatronEngine:
             chunk.enable_forward_pre_hook()
 
     def _run(self, micro_batches: Sequence[Batch], forward_only: bool) -> float:
+        tokens = tokens_per_micro_batch(micro_batches, self.config, self.device)
         batches = [on_device(batch, self.config, self.device) for batch in micro_batches]
         # every virtual stage walks the micro-batches by itself
         iterators = [iter(batches) for _ in self.chunks]
         reports = get_forward_backward_func()(
-            forward_step_func=self._forward_step,
+            forward_step_func=partial(self._forward_step, tokens),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batches),
@@ -152,9 +154,9 @@ class MegatronEngine:
         )
         return mean_over_ranks([report["lm_loss"] for report in reports], self.device)
 
-    def _forward_step(self, batches: Iterator[Batch], chunk: MegatronModule) -> tuple[Tensor, Any]:
+    def _forward_step(self, tokens: Tensor, batches: Iterator[Batch], chunk: MegatronModule) -> tuple[Tensor, Any]:
         batch = next(batches)
-        return forward(chunk, batch), partial(_loss_and_report, batch["loss_mask"])
+        return forward(chunk, batch), partial(_loss_and_report, batch["loss_mask"], tokens)
 
     def sharded_weights(self) -> dict[str, Any]:
         """Weights as megatron-core's sharded tensors, one global tensor per parameter, by chunk."""
@@ -192,11 +194,11 @@ class MegatronEngine:
         set_schedule(self.schedule, step)
 
 
-def _loss_and_report(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _loss_and_report(loss_mask_BS: Tensor, tokens: Tensor, losses_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The share of the mean loss, for the schedule, and a copy of it to report.
 
     The schedule multiplies by the context-parallel size, divides by the number of micro-batches and, in place, scales
     what it is given: the report must not share its storage.
     """
-    share = masked_mean(loss_mask_BS, losses_BS)
+    share = loss_share(loss_mask_BS, losses_BS, tokens)
     return share, {"lm_loss": share.detach().clone()}

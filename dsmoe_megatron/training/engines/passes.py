@@ -45,17 +45,52 @@ def forward(chunk: nn.Module, batch: Batch) -> Tensor:
     return output
 
 
-def masked_mean(loss_mask_BS: Tensor, losses_BS: Tensor) -> Tensor:
-    """This context-parallel rank's share of the mean loss over the tokens that count."""
-    context_group = parallel_state.get_context_parallel_group()
-    count = loss_mask_BS.sum()
-    if context_group.size() > 1:
-        dist.all_reduce(count, group=context_group)
-    return (losses_BS.float() * loss_mask_BS).sum() / count.clamp(min=1.0)
+def counted_tokens(batches: Sequence[Sequence[Batch]], config: Config, device: torch.device) -> Tensor:
+    """How many tokens of each global batch count for the loss, on all data-parallel ranks, which all call it.
+
+    Args:
+        batches: this rank's micro-batches of each global batch, before context parallelism cuts them.
+        config: recipe; says whether any token is masked.
+        device: of this rank.
+
+    Returns:
+        float64 [global batches], at least 1.
+    """
+    counts = [sum(batch["loss_mask"].sum(dtype=torch.float64) for batch in micro_batches) for micro_batches in batches]
+    counts_N = torch.stack([torch.as_tensor(count) for count in counts]).to(device)
+    if config.data.separate_documents:
+        dist.all_reduce(counts_N, group=parallel_state.get_data_parallel_group())
+    else:  # nothing is masked, so that no rank has to wait for the others to know what they have
+        counts_N *= parallel_state.get_data_parallel_world_size()
+    return counts_N.clamp(min=1.0)
+
+
+def tokens_per_micro_batch(micro_batches: Sequence[Batch], config: Config, device: torch.device) -> Tensor:
+    """Tokens that count in a micro-batch, on average over the global batch; all data-parallel ranks call it.
+
+    Returns:
+        Scalar, float32: where no token is masked, exactly the tokens of each.
+    """
+    ranks = parallel_state.get_data_parallel_world_size()
+    return (counted_tokens([micro_batches], config, device)[0] / (len(micro_batches) * ranks)).float()
+
+
+def loss_share(loss_mask_BS: Tensor, losses_BS: Tensor, tokens: Tensor) -> Tensor:
+    """What a context-parallel rank's part of a micro-batch adds to the mean loss over the tokens that count.
+
+    Engines average over micro-batches and data-parallel ranks. Were each micro-batch's mean taken over its own tokens,
+    a token would weigh less where more of its neighbours count, and the loss would depend on how batches are cut.
+
+    Args:
+        loss_mask_BS: 1 for a token that counts, else 0.
+        losses_BS: cross-entropies [nats].
+        tokens: that tokens_per_micro_batch gave.
+    """
+    return (losses_BS.float() * loss_mask_BS).sum() / tokens
 
 
 def mean_over_ranks(losses: Sequence[Tensor], device: torch.device) -> float:
-    """Mean over micro-batches and ranks of what `masked_mean` gave.
+    """Mean over micro-batches and ranks of what `loss_share` gave.
 
     Only the last pipeline stage has losses; context-parallel ranks hold shares of one loss.
     """

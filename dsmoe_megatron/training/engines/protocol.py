@@ -19,7 +19,8 @@ class StepResult:
     """What one optimizer step saw.
 
     Attributes:
-        lm_loss: mean cross-entropy over the global batch, without the mutual-information loss [nats per token].
+        lm_loss: mean cross-entropy over the tokens of the global batch that count, without the mutual-information loss
+            [nats per token].
         grad_norm: global gradient norm before clipping.
         learning_rate: of this step.
         applied: whether the weights were changed.
@@ -63,7 +64,7 @@ class Engine(Protocol):
         """
 
     def evaluate(self, micro_batches: Sequence[Batch]) -> float:
-        """Mean cross-entropy over a global batch without training [nats per token]."""
+        """Mean cross-entropy over the tokens of a global batch that count, without training [nats per token]."""
 
     def sharded_weights(self) -> dict[str, Any]:
         """Weights as megatron-core's sharded tensors, parts of one global tensor per parameter, by chunk."""
