@@ -32,7 +32,7 @@ from benchmarks.paper_in_small.speed import FILE, speed_table
 from benchmarks.paper_in_small.study import HERE, Study, read_study
 from data_tools.indexed_dataset import write_whole
 
-INTRODUCTION = HERE / "introduction.md"
+INTRODUCTION, OUTLOOK = HERE / "introduction.md", HERE / "outlook.md"
 SHARES = (0.4, 0.3)
 Figure = Callable[[Entry], float]  # of one policy
 
@@ -85,6 +85,7 @@ def document(
     yield from ("## Runs that ended otherwise", "", *(failed or ["None."]), "")
     if missing:
         yield from (f"Not made yet: {', '.join(missing)}.", "")
+    yield OUTLOOK.read_text(encoding="utf-8")
 
 
 def _section(title: str, lines: Sequence[str]) -> Iterator[str]:
