@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from tqdm import tqdm
 
-from dsmoe_megatron.checkpoint_manifest import find_faults, read_manifest
+from dsmoe_megatron.checkpoint_manifest import NOT_CHECKED, find_faults, read_manifest
 from dsmoe_megatron.checkpoint_metadata import read_metadata
 from dsmoe_megatron.checkpoint_reading import CheckpointReader
 from dsmoe_megatron.errors import CheckpointError
@@ -51,8 +51,7 @@ def check_files(folder: Path) -> None:
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        rule = "of an earlier version, without a manifest: its values are not checked"
-        print(f"{folder}: {rule}", file=sys.stderr)
+        print(f"{folder}: {NOT_CHECKED}", file=sys.stderr)
         return
     places = read_metadata(folder).storage_data.items()
     of_optimizer = {place.relative_path for index, place in places if index.fqn.startswith(OPTIMIZER)}

@@ -24,6 +24,7 @@ from dsmoe_megatron.errors import CheckpointError, PassingError
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
+NOT_CHECKED = "of an earlier version, without a manifest: its values are not checked"
 REPORTED_LIBRARIES = ("dsmoe-megatron", "torch", "megatron-core")
 BLOCK_BYTES = 8 << 20
 THREADS = 2  # per process

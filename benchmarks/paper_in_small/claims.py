@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from benchmarks.paper_in_small.result import Result, Spread, by_entry, by_group, loss
+from benchmarks.paper_in_small.result import Result, Spread, by_entry, by_group, loss, loss_as_trained
 
 EQUAL = 1.01  # as good as: up to one per cent above
 WITHIN = 1.05
@@ -77,18 +77,18 @@ def _of_group(group: str, dense: list[Result], dsmoe: list[Result], smoe: list[R
     found = []
     if dense:
         measure = f"{name} under the dense policy / {dense[0].run.entry}"
-        ratios = paired(dsmoe, dense, _loss_as_trained, _loss_as_trained)
+        ratios = paired(dsmoe, dense, loss_as_trained, loss_as_trained)
         found.append(Finding(f"{group}: as good as a dense model of its size", measure, ratios, EQUAL))
-    sparse = paired(dsmoe, dsmoe, lambda result: result.loss_at_share(ACTIVE), _loss_as_trained)
+    sparse = paired(dsmoe, dsmoe, lambda result: result.loss_at_share(ACTIVE), loss_as_trained)
     measure = f"{name} with {ACTIVE:.0%} active / under the dense policy"
     found.append(Finding(f"{group}: within 5 % with at most {ACTIVE:.0%} active", measure, sparse, WITHIN))
     if smoe:
         share = smoe[0].as_trained["active_share"]
         measure = f"{name} under the dense policy / {smoe[0].run.entry}"
-        ratios = paired(dsmoe, smoe, _loss_as_trained, _loss_as_trained)
+        ratios = paired(dsmoe, smoe, loss_as_trained, loss_as_trained)
         found.append(Finding(f"{group}: better than sparse-trained of equal total", measure, ratios, 1.0))
         measure = f"{name} / {smoe[0].run.entry}, both with {share:.0%} active"
-        ratios = paired(dsmoe, smoe, lambda result: result.loss_at_share(share), _loss_as_trained)
+        ratios = paired(dsmoe, smoe, lambda result: result.loss_at_share(share), loss_as_trained)
         found.append(Finding(f"{group}: better than sparse-trained of equal active share", measure, ratios, 1.0))
     for rule in ("topk", "threshold_topk"):
         other = paired(dsmoe, dsmoe, lambda result: result.loss_at_share(ACTIVE), _at_share_under(rule))
@@ -110,10 +110,6 @@ def _sizes(results: Sequence[Result]) -> Iterator[Finding]:
             if small[0].run.overrides == large[0].run.overrides:
                 measure = f"cost of {SPARSE:.0%} active: {name} / {small_name}"
                 yield Finding("larger models tolerate more sparsity", measure, paired(large, small, cost, cost), 1.0)
-
-
-def _loss_as_trained(result: Result) -> float:
-    return loss(result.as_trained)
 
 
 def _at_share_under(rule: str) -> Callable[[Result], float | None]:

@@ -23,6 +23,7 @@ from benchmarks.paper_in_small.result import (
     by_entry,
     by_group,
     loss,
+    loss_as_trained,
     perplexity,
     read_results,
     spread,
@@ -132,9 +133,9 @@ def parts_table(results: Sequence[Result]) -> list[str]:
     for group, runs in by_group(with_best_learning_rates(results)).items():
         others = [best_of(runs, family) for family in ("dense", "smoe")]
         for name, own in by_entry([run for run in runs if run.run.family in ("dsmoe", "moa")]).items():
-            over = [paired(own, other, _loss_as_trained, _loss_as_trained).text(".3f") for other in others]
+            over = [paired(own, other, loss_as_trained, loss_as_trained).text(".3f") for other in others]
             costs = [
-                paired(own, own, sparse, _loss_as_trained).text(".3f")
+                paired(own, own, sparse, loss_as_trained).text(".3f")
                 for sparse in (_at_eps(loss), *(_loss_at(share) for share in SHARES))
             ]
             rows.append([group, name, *over, *costs])
@@ -208,10 +209,6 @@ def _at_eps(figure: Figure, eps: float = 0.48) -> Callable[[Result], float | Non
 
 def _perplexity_of_top_k(count: int) -> Callable[[Result], float | None]:
     return lambda run: next((perplexity(policy) for policy in run.under("topk") if _top_k(policy) == count), None)
-
-
-def _loss_as_trained(run: Result) -> float:
-    return loss(run.as_trained)
 
 
 def _loss_at(share: float, rule: str = "threshold") -> Callable[[Result], float | None]:

@@ -86,6 +86,11 @@ def loss(policy: Entry, kinds: dict[str, float] | None = None) -> float:
     return sum(weight * by_kind[kind] for kind, weight in weights.items()) / sum(weights.values())
 
 
+def loss_as_trained(result: Result) -> float:
+    """Of a run under the policy that its model was trained with."""
+    return loss(result.as_trained)
+
+
 def perplexity(policy: Entry, kinds: dict[str, float] | None = None) -> float:
     """exp of the loss."""
     return math.exp(loss(policy, kinds))
@@ -162,7 +167,7 @@ def with_best_learning_rates(results: Sequence[Result]) -> list[Result]:
     best: dict[str, list[Result]] = {}
     for runs in by_entry(results).values():
         trial = str((runs[0].run.model, runs[0].group, _without_learning_rate(runs[0].run)))
-        if trial not in best or loss(runs[0].as_trained) < loss(best[trial][0].as_trained):
+        if trial not in best or loss_as_trained(runs[0]) < loss_as_trained(best[trial][0]):
             best[trial] = runs
     return [result for result in results if any(result in runs for runs in best.values())]
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dsmoe_megatron.batch_ramp import samples_of_steps
+from dsmoe_megatron.checkpoint_manifest import NOT_CHECKED
 from dsmoe_megatron.config import Config
 from dsmoe_megatron.config_parsing import load_config
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError, TrainingError
@@ -136,7 +137,7 @@ def _open_data(
 
 
 def _load(engine: Engine, config: Config, choice: Choice, has_optimizer: bool, step: int, say: Say) -> None:
-    unchecked = "" if choice.is_checked else " (of an earlier version, without a manifest: its values are not checked)"
+    unchecked = "" if choice.is_checked else f" ({NOT_CHECKED})"
     with raised_on_every_rank():
         if has_optimizer:
             load_checkpoint(engine, config, choice.folder)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_megatron.config import TrainConfig
+from dsmoe_megatron.json_text import finite
 
 
 class Verdict(IntEnum):
@@ -126,8 +127,3 @@ def _sample(data: Any, index: int) -> dict[str, Any]:
     which = int(data.dataset_index[index])
     place = int(data.dataset_sample_index[index])
     return {"index": index, "dataset": str(datasets[which].dataset_path), "sample": place}
-
-
-def finite(value: float) -> float | None:
-    """The value, or None where JSON has no number for it."""
-    return value if math.isfinite(value) else None

@@ -15,6 +15,7 @@ from dsmoe_megatron.config import Config
 from dsmoe_megatron.config_parsing import save_config
 from dsmoe_megatron.config_rules import check_config
 from dsmoe_megatron.errors import ConfigurationError, DSMoEError, TrainingError
+from dsmoe_megatron.json_text import finite
 from dsmoe_megatron.planning.parameters import count_parameters
 from dsmoe_megatron.run_folder import Progress
 from dsmoe_megatron.runtime.distributed import (
@@ -34,7 +35,7 @@ from dsmoe_megatron.training.data import check_datasets, global_batches, trainin
 from dsmoe_megatron.training.engines.choice import build_engine
 from dsmoe_megatron.training.engines.protocol import Batch, StepResult
 from dsmoe_megatron.training.expert_use import expert_use, mutual_information_losses
-from dsmoe_megatron.training.guards import Guards, Verdict, finite
+from dsmoe_megatron.training.guards import Guards, Verdict
 from dsmoe_megatron.training.hang_watch import HangWatch, grace_seconds
 from dsmoe_megatron.training.metrics import MetricsWriter, progress_line, validation_line
 from dsmoe_megatron.training.profiling import StepProfiler

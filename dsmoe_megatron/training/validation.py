@@ -9,12 +9,12 @@ from torch import Tensor
 
 from dsmoe_megatron.config import Config, PolicyConfig
 from dsmoe_megatron.inference.policy import ExpertPolicy, active_experts, policy_name
+from dsmoe_megatron.json_text import finite
 from dsmoe_megatron.model.router import RouterKind
 from dsmoe_megatron.perplexity import perplexity_of
 from dsmoe_megatron.planning.parameters import active_share
 from dsmoe_megatron.training.engines.passes import counted_tokens
 from dsmoe_megatron.training.engines.protocol import Batch, Engine
-from dsmoe_megatron.training.guards import finite
 
 # this rank's micro-batches of a global batch, and how many of its tokens count, relative to the mean of all batches
 WeightedBatch = tuple[Sequence[Batch], float]

@@ -126,14 +126,19 @@ def test_resume_with_dropout_repeats_the_same_masks(
     assert training_lines(tmp_path / "rest") == {step: whole[step] for step in (4, 5, 6)}
 
 
-def test_run_dir_continues_and_takes_later_lines_back(
-    worker_pool: WorkerPool, small_data: SmallData, whole_run: Path, tmp_path: Path
-) -> None:
+def crashed_copy(whole_run: Path, tmp_path: Path) -> Path:
     """As after a crash at step 6: the newest whole checkpoint is that of step 3, the metrics are further."""
     run_dir = tmp_path / "crashed"
     shutil.copytree(whole_run, run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
     (run_dir / "latest").write_text("step_00000003\n")
+    return run_dir
+
+
+def test_run_dir_continues_and_takes_later_lines_back(
+    worker_pool: WorkerPool, small_data: SmallData, whole_run: Path, tmp_path: Path
+) -> None:
+    run_dir = crashed_copy(whole_run, tmp_path)
     (run_dir / "checkpoints" / "step_00000006.unfinished").mkdir()
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lm_lo')
@@ -148,10 +153,7 @@ def test_damaged_lines_of_metrics_stop_no_resume(
     worker_pool: WorkerPool, small_data: SmallData, whole_run: Path, tmp_path: Path
 ) -> None:
     """As a file system leaves them after a crash: other bytes in the place of a line."""
-    run_dir = tmp_path / "crashed"
-    shutil.copytree(whole_run, run_dir)
-    shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
-    (run_dir / "latest").write_text("step_00000003\n")
+    run_dir = crashed_copy(whole_run, tmp_path)
     first, *rest = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (run_dir / "metrics.jsonl").write_bytes(b"".join([first, b"\xff\xfe\n", b"1\n", b'["step"]\n', *rest]))
 
