@@ -1,20 +1,24 @@
-"""The study's pictures: the paper's Figures 3, 4 and 5 for its own models. Points are means over the seeds."""
+"""The study's pictures: how its models learn, and the paper's Figures 3, 4 and 5. Points are means over the seeds."""
 
+import itertools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.paper_in_small.claims import best_of
 from benchmarks.paper_in_small.result import Entry, Result, by_entry, by_group, perplexity, with_best_learning_rates
 from dsmoe_megatron.reporting.figures import COLOURS, KINDS, LINE_STYLES, MARKERS, STYLE
 
 WIDTH, HEIGHT = 9.0, 4.0  # inches
 EPS = 0.48
+LINES_PER_POINT = 5  # of the metrics, ten steps each: single ones are noisy
 Point = tuple[float, float]
 
 
@@ -32,6 +36,24 @@ def draw(name: str, results: Sequence[Result], path: Path) -> bool:
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, format="svg", metadata={"Date": None}, bbox_inches="tight", pad_inches=0.08)
     return figure is not None
+
+
+def gap_over_tokens(results: Sequence[Result]) -> Figure | None:
+    """A panel per group: training loss less that of the best dense model, which read the same samples."""
+    panels = {group: runs for group, runs in by_group(with_best_learning_rates(results)).items() if _gaps(runs)}
+    if not panels:
+        return None
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    for axis, (group, runs) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        lines = _lines(by_entry(runs))
+        for name, points in _gaps(runs).items():
+            axis.plot(*zip(*points, strict=True), **lines[name], label=name)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_title(group)
+        axis.set_xlabel("tokens [millions]")
+        axis.set_ylabel(f"loss over that of {best_of(runs, 'dense')[0].run.entry} [nats]")
+    _legend(figure)
+    return figure
 
 
 def perplexity_by_share(results: Sequence[Result]) -> Figure | None:
@@ -80,20 +102,12 @@ def active_experts_per_layer(results: Sequence[Result]) -> Figure | None:
     if not entries:
         return None
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    colours = _colours(entries)
+    lines = _lines(entries)
     for axis, (kind, title) in zip(figure.subplots(1, 2), KINDS.items(), strict=True):
-        for index, (name, runs) in enumerate(entries.items()):
+        for name, runs in entries.items():
             points = list(_active_by_layer(runs, kind))
             if points:
-                style = LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)]
-                axis.plot(
-                    *zip(*points, strict=True),
-                    color=colours[name],
-                    linestyle=style,
-                    marker="o",
-                    markersize=4,
-                    label=name,
-                )
+                axis.plot(*zip(*points, strict=True), **lines[name], marker="o", markersize=4, label=name)
         axis.set_title(title)
         axis.set_xlabel("layer")
         axis.set_ylabel("active experts [%]")
@@ -103,6 +117,11 @@ def active_experts_per_layer(results: Sequence[Result]) -> Figure | None:
 
 
 PICTURES = {
+    "gap": Picture(
+        "While they learn",
+        "Training loss less that of the best dense model, which read the same samples in the same order.",
+        gap_over_tokens,
+    ),
     "share": Picture(
         "Perplexity against active parameters",
         "The paper's Figure 3. DS-MoE under thresholds, up to the dense policy; sparse-trained models under more and"
@@ -118,6 +137,26 @@ PICTURES = {
         active_experts_per_layer,
     ),
 }
+
+
+def _gaps(results: Sequence[Result]) -> dict[str, list[Point]]:
+    """Of each entry but the best dense one, its gap to that."""
+    dense = best_of(results, "dense")
+    others = {name: runs for name, runs in by_entry(results).items() if dense and name != dense[0].run.entry}
+    return {name: points for name, runs in others.items() if (points := _gap(runs, dense))}
+
+
+def _gap(runs: Sequence[Result], others: Sequence[Result]) -> list[Point]:
+    """Tokens [millions], and how far the loss is above that of the other runs of the same seeds [nats], smoothed."""
+    of_seed = {other.run.seed: other.loss_by_tokens for other in others}
+    gaps = defaultdict(list)
+    for run in runs:
+        other = of_seed.get(run.run.seed, {})
+        for tokens in run.loss_by_tokens.keys() & other.keys():
+            gaps[tokens].append(run.loss_by_tokens[tokens] - other[tokens])
+    points = [(tokens / 1e6, statistics.fmean(gaps[tokens])) for tokens in sorted(gaps)]
+    parts = [points[begin : begin + LINES_PER_POINT] for begin in range(0, len(points), LINES_PER_POINT)]
+    return [(statistics.fmean(x for x, _ in part), statistics.fmean(y for _, y in part)) for part in parts]
 
 
 def _means(seeds: Sequence[Result], rule: str) -> Iterator[Point]:
@@ -141,8 +180,14 @@ def _active_by_layer(runs: Sequence[Result], kind: str) -> Iterator[Point]:
         yield routers[0]["layer"], 100 * statistics.fmean(shares)
 
 
-def _colours(names: Sequence[str] | dict[str, list[Result]]) -> dict[str, str]:
+def _colours(names: Iterable[str]) -> dict[str, str]:
     return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
+
+
+def _lines(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour and style of each; where the colours are used up they come again with another style."""
+    styles = [{"color": colour, "linestyle": style} for style in LINE_STYLES for colour in COLOURS]
+    return dict(zip(names, itertools.cycle(styles)))
 
 
 def _labels(axis: Axes, title: str) -> None:

@@ -53,6 +53,11 @@ class Result:
         return f"{size}, {self.training[-1]['tokens'] / 1e6:.3g}M tokens" if self.training else size
 
     @property
+    def loss_by_tokens(self) -> dict[int, float]:
+        """Training loss [nats per token] after so many tokens, where it was finite."""
+        return {line["tokens"]: line["lm_loss"] for line in self.training if line["lm_loss"] is not None}
+
+    @property
     def tokens_per_s(self) -> float:
         """Of training on one core, median over its lines."""
         return statistics.median(line["tokens_per_s"] for line in self.training if "tokens_per_s" in line)
