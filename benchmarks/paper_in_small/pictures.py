@@ -3,7 +3,7 @@
 import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,9 +29,9 @@ class Picture(NamedTuple):
 
 
 def draw(name: str, results: Sequence[Result], path: Path) -> bool:
-    """Write a picture; returns false where there is nothing to draw yet."""
+    """Write a picture of the entries with the best learning rates; returns false where there is nothing to draw yet."""
     with matplotlib.rc_context(STYLE):
-        figure = PICTURES[name].draw([result for result in results if result.evaluation is not None])
+        figure = PICTURES[name].draw(with_best_learning_rates([run for run in results if run.evaluation is not None]))
         if figure is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, format="svg", metadata={"Date": None}, bbox_inches="tight", pad_inches=0.08)
@@ -40,12 +40,12 @@ def draw(name: str, results: Sequence[Result], path: Path) -> bool:
 
 def gap_over_tokens(results: Sequence[Result]) -> Figure | None:
     """A panel per group: training loss less that of the best dense model, which read the same samples."""
-    panels = {group: runs for group, runs in by_group(with_best_learning_rates(results)).items() if _gaps(runs)}
+    panels = {group: runs for group, runs in by_group(results).items() if _gaps(runs)}
     if not panels:
         return None
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    for axis, (group, runs) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        lines = _lines(by_entry(runs))
+    figure, lines = Figure(figsize=(WIDTH, HEIGHT), layout="constrained"), _lines(results)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (group, runs) in zip(axes, panels.items(), strict=True):
         for name, points in _gaps(runs).items():
             axis.plot(*zip(*points, strict=True), **lines[name], label=name)
         axis.axhline(0, color="black", linewidth=0.8)
@@ -58,20 +58,20 @@ def gap_over_tokens(results: Sequence[Result]) -> Figure | None:
 
 def perplexity_by_share(results: Sequence[Result]) -> Figure | None:
     """A panel per group: DS-MoE under thresholds, sparse-trained models by K, the dense model as a line."""
-    panels = by_group(with_best_learning_rates(results))
+    panels = by_group(results)
     if not panels:
         return None
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    for axis, (group, runs) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        colours = _colours(by_entry(runs))
+    figure, lines = Figure(figsize=(WIDTH, HEIGHT), layout="constrained"), _lines(results)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (group, runs) in zip(axes, panels.items(), strict=True):
         for name, seeds in by_entry(runs).items():
             if seeds[0].run.family == "dense":
                 level = statistics.fmean(perplexity(seed.as_trained) for seed in seeds)
-                axis.axhline(level, color=colours[name], linestyle="--", linewidth=1.2, label=name)
+                axis.axhline(level, **lines[name], linewidth=1.2, label=name)
                 continue
             rule = "threshold" if seeds[0].run.family == "dsmoe" else "topk"
             points = [*_means(seeds, rule), *_means(seeds, "dense")]
-            axis.plot(*zip(*points, strict=True), color=colours[name], marker=MARKERS[rule], markersize=4, label=name)
+            axis.plot(*zip(*points, strict=True), **lines[name], marker=MARKERS[rule], markersize=4, label=name)
         _labels(axis, group)
     _legend(figure)
     return figure
@@ -101,8 +101,7 @@ def active_experts_per_layer(results: Sequence[Result]) -> Figure | None:
     entries = {name: runs for name, runs in by_entry(results).items() if runs[0].threshold(EPS) is not None}
     if not entries:
         return None
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    lines = _lines(entries)
+    figure, lines = Figure(figsize=(WIDTH, HEIGHT), layout="constrained"), _lines(results)
     for axis, (kind, title) in zip(figure.subplots(1, 2), KINDS.items(), strict=True):
         for name, runs in entries.items():
             points = list(_active_by_layer(runs, kind))
@@ -180,14 +179,10 @@ def _active_by_layer(runs: Sequence[Result], kind: str) -> Iterator[Point]:
         yield routers[0]["layer"], 100 * statistics.fmean(shares)
 
 
-def _colours(names: Iterable[str]) -> dict[str, str]:
-    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
-
-
-def _lines(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour and style of each; where the colours are used up they come again with another style."""
+def _lines(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """Colour and style of each entry, alike in all pictures; used up colours come again with another style."""
     styles = [{"color": colour, "linestyle": style} for style in LINE_STYLES for colour in COLOURS]
-    return dict(zip(names, itertools.cycle(styles)))
+    return dict(zip(by_entry(results), itertools.cycle(styles)))
 
 
 def _labels(axis: Axes, title: str) -> None:
