@@ -91,8 +91,8 @@ def speed_table(report: dict[str, Any]) -> list[str]:
 def build_parser() -> ArgumentParser:
     """The command line."""
     parser = ArgumentParser(prog="python -m benchmarks.paper_in_small.speed", description="Speed of the study's models")
-    parser.add_argument("--dsmoe", type=str, default="dsmoe_4m_alpha_3e-3_seed_1", metavar="RUN", help="DS-MoE run")
-    parser.add_argument("--dense", type=str, default="dense_4m_lr_2e-3_seed_1", metavar="RUN", help="dense run")
+    parser.add_argument("--dsmoe", type=str, default="dsmoe_12m_alpha_3e-3_seed_1", metavar="RUN", help="DS-MoE run")
+    parser.add_argument("--dense", type=str, default="dense_12m_lr_2e-3_seed_1", metavar="RUN", help="dense run")
     parser.add_argument("--folder", type=Path, default=Path("paper_in_small_run"), metavar="DIR", help="of the study")
     parser.add_argument("--repeats", type=PositiveInt, default=9, help="runs of each contestant")
     parser.add_argument("--json", type=Path, default=HERE / "results" / FILE, metavar="FILE", help="report to write")
