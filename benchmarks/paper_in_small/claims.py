@@ -14,6 +14,7 @@ from benchmarks.paper_in_small.result import Result, Spread, by_entry, by_group,
 EQUAL = 1.01  # as good as: up to one per cent above
 WITHIN = 1.05
 FAMILIES = ("dense", "dsmoe", "smoe")
+PLAIN_ATTENTION = "dsmoe_gqa"  # the recipes of DS-MoE whose attention is that of the sparse-trained models
 SEEDS, CLOSE_SEEDS = 2, 3  # fewer show nothing; more are needed where the mean ratio is close to the limit
 CLOSE = 0.03
 ACTIVE = 0.4  # the share of the parameters that the claims are about
@@ -53,9 +54,18 @@ class Finding:
 def findings(results: Sequence[Result]) -> list[Finding]:
     """All claims, for each group of comparable runs that has the models that they are about."""
     results = [result for result in results if result.evaluation is not None]
-    groups = by_group(results)
-    best = {name: {family: best_of(runs, family) for family in FAMILIES} for name, runs in groups.items()}
-    found = [finding for name, models in best.items() if models["dsmoe"] for finding in _of_group(name, **models)]
+    found: list[Finding] = []
+    for name, runs in by_group(results).items():
+        models = {family: best_of(runs, family) for family in FAMILIES}
+        if models["dsmoe"]:
+            found += _of_group(name, **models)
+        plain = best_of([run for run in runs if run.run.model.startswith(PLAIN_ATTENTION)], "dsmoe")
+        if plain and models["smoe"]:
+            measure = f"{plain[0].run.entry} under the dense policy / {models['smoe'][0].run.entry}"
+            ratios = paired(plain, models["smoe"], loss_as_trained, loss_as_trained)
+            found.append(
+                Finding(f"{name}: better than sparse-trained, both with plain attention", measure, ratios, 1.0)
+            )
     return [*found, *_sizes(results)]
 
 

@@ -175,6 +175,24 @@ def test_claims_are_judged_seed_by_seed() -> None:
     assert found["4m, 1M tokens: threshold is better than threshold_topk"].verdict == "not shown"  # never measured
 
 
+def test_dense_and_sparse_training_are_compared_with_equal_attention_too() -> None:
+    ours = {("dense", 0): (1.0, 3.0), ("threshold", 1.0): (0.3, 3.1)}
+    plain = {("dense", 0): (1.0, 3.6), ("threshold", 1.0): (0.3, 3.7)}
+    results = []
+    for seed in (1, 2):
+        results.append(a_result("ours", "dsmoe_4m", seed, ours))
+        results.append(a_result("plain", "dsmoe_gqa_4m", seed, plain))
+        results.append(a_result("theirs", "smoe_top4_4m", seed, {("topk", 4): (0.4, 3.5)}))
+
+    found = {finding.claim: finding for finding in findings(results)}
+
+    assert found["4m, 1M tokens: better than sparse-trained of equal total"].verdict == "yes"
+    equal = found["4m, 1M tokens: better than sparse-trained, both with plain attention"]
+    assert equal.measure == "plain under the dense policy / theirs"
+    assert equal.ratios.values == pytest.approx([math.exp(0.1)] * 2)
+    assert equal.verdict == "no"
+
+
 def test_models_of_other_sizes_or_tokens_are_not_compared() -> None:
     dsmoe = {("dense", 0): (1.0, 3.0), ("threshold", 1.0): (0.3, 3.2)}
     results = [
