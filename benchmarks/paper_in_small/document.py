@@ -72,6 +72,7 @@ def document(
     yield from _section("What the paper claims, and what the runs say", claims_table(results))
     yield from _section("All models", models_table(measured))
     yield from _section("What DS-MoE is made of", parts_table(measured))
+    yield from _section("What was learned besides", study.findings.splitlines())
     yield from _section("Text and code apart", kinds_table(measured))
     yield from _section("Sparse-trained models under other numbers of experts", other_experts_table(measured))
     yield from _section("Choices of experts", policies_table(measured))
