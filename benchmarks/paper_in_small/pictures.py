@@ -49,9 +49,9 @@ def gap_over_tokens(results: Sequence[Result]) -> Figure | None:
         for name, points in _gaps(runs).items():
             axis.plot(*zip(*points, strict=True), **lines[name], label=name)
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_title(group)
+        axis.set_title(f"{group}, beside {best_of(runs, 'dense')[0].run.entry}")
         axis.set_xlabel("tokens [millions]")
-        axis.set_ylabel(f"loss over that of {best_of(runs, 'dense')[0].run.entry} [nats]")
+        axis.set_ylabel("loss less the dense model's [nats]")
     _legend(figure)
     return figure
 
