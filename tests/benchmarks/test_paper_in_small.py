@@ -1,5 +1,6 @@
 """The study as a program: it makes what is missing, goes on after a stop, writes its document from the results."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 import zstandard
@@ -83,7 +85,8 @@ def test_the_study_is_made_whole_though_it_was_stopped(tmp_path: Path) -> None:
     text = (tmp_path / "docs" / "study.md").read_text(encoding="utf-8")
     for name in ("dense_4m", "dsmoe_4m_alpha_1e-2", "smoke", "Not made yet"):
         assert (f"| {name} " in text) == (name in ("dense_4m", "dsmoe_4m_alpha_1e-2"))
-    assert len(list((tmp_path / "docs" / "images").iterdir())) == len(PICTURES)
+    drawn = PICTURES.keys() - {"gap"}  # no other model was trained on as many tokens as the dense one
+    assert {picture_path(tmp_path / "docs", name) for name in drawn} == set((tmp_path / "docs" / "images").iterdir())
 
 
 def test_runs_are_made_in_the_order_that_they_are_asked_for() -> None:
@@ -191,6 +194,23 @@ def test_dense_and_sparse_training_are_compared_with_equal_attention_too() -> No
     assert equal.measure == "plain under the dense policy / theirs"
     assert equal.ratios.values == pytest.approx([math.exp(0.1)] * 2)
     assert equal.verdict == "no"
+
+
+def test_the_gap_to_the_dense_model_is_drawn_over_tokens() -> None:
+    losses = {"plain": [3.0, 2.0, 1.5], "ours": [3.1, 1.8, 1.2]}
+    results = []
+    for entry, model in (("plain", "dense_4m"), ("ours", "dsmoe_4m")):
+        result = a_result(entry, model, 1, {("dense", 0): (1.0, losses[entry][-1])})
+        lines = [{"tokens": 1_000_000 * (i + 1), "lm_loss": value} for i, value in enumerate(losses[entry])]
+        results.append(dataclasses.replace(result, training=lines))
+
+    figure = PICTURES["gap"].draw(results)
+
+    assert figure is not None
+    [axis] = figure.axes
+    [ours] = [line for line in axis.lines if line.get_label() == "ours"]
+    assert np.asarray(ours.get_xydata()) == pytest.approx(np.array([[2.0, (0.1 - 0.2 - 0.3) / 3]]))  # a mean of lines
+    assert "plain" in axis.get_title()
 
 
 def test_models_of_other_sizes_or_tokens_are_not_compared() -> None:
