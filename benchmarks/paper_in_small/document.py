@@ -35,6 +35,10 @@ from data_tools.indexed_dataset import write_whole
 
 INTRODUCTION, OUTLOOK = HERE / "introduction.md", HERE / "outlook.md"
 SHARES = (0.4, 0.3)
+SMALL = (
+    "At this size a few tokens cost the number of operations rather than the weights that are read, so that sparse inference"
+    " gains with many tokens at a time; [benchmarks.md](benchmarks.md) has larger models."
+)
 Figure = Callable[[Entry], float]  # of one policy
 
 
@@ -80,7 +84,9 @@ def document(
         title, text, _ = PICTURES[name]
         yield from _section(title, [text, "", f"![{title}]({picture_path(Path(), name)})"])
     if speed is not None:
-        yield from _section("Speed of inference", [surroundings_line(speed["surroundings"]), "", *speed_table(speed)])
+        yield from _section(
+            "Speed of inference", [surroundings_line(speed["surroundings"]), "", *speed_table(speed), "", SMALL]
+        )
     yield from _section("Time", time_table(results))
     failed = [f"- {result.run.name}: {result.failure}" for result in results if result.failure is not None]
     missing = [run.name for run in study.runs if run.name not in {result.run.name for result in results}]
