@@ -61,11 +61,8 @@ def findings(results: Sequence[Result]) -> list[Finding]:
             found += _of_group(name, **models)
         plain = best_of([run for run in runs if run.run.model.startswith(PLAIN_ATTENTION)], "dsmoe")
         if plain and models["smoe"]:
-            measure = f"{plain[0].run.entry} under the dense policy / {models['smoe'][0].run.entry}"
-            ratios = paired(plain, models["smoe"], loss_as_trained, loss_as_trained)
-            found.append(
-                Finding(f"{name}: better than sparse-trained, both with plain attention", measure, ratios, 1.0)
-            )
+            claim = f"{name}: better than sparse-trained, both with plain attention"
+            found.append(_as_trained(claim, plain, models["smoe"], 1.0))
     return [*found, *_sizes(results)]
 
 
@@ -86,17 +83,13 @@ def _of_group(group: str, dense: list[Result], dsmoe: list[Result], smoe: list[R
     name = dsmoe[0].run.entry
     found = []
     if dense:
-        measure = f"{name} under the dense policy / {dense[0].run.entry}"
-        ratios = paired(dsmoe, dense, loss_as_trained, loss_as_trained)
-        found.append(Finding(f"{group}: as good as a dense model of its size", measure, ratios, EQUAL))
+        found.append(_as_trained(f"{group}: as good as a dense model of its size", dsmoe, dense, EQUAL))
     sparse = paired(dsmoe, dsmoe, lambda result: result.loss_at_share(ACTIVE), loss_as_trained)
     measure = f"{name} with {ACTIVE:.0%} active / under the dense policy"
     found.append(Finding(f"{group}: within 5 % with at most {ACTIVE:.0%} active", measure, sparse, WITHIN))
     if smoe:
         share = smoe[0].as_trained["active_share"]
-        measure = f"{name} under the dense policy / {smoe[0].run.entry}"
-        ratios = paired(dsmoe, smoe, loss_as_trained, loss_as_trained)
-        found.append(Finding(f"{group}: better than sparse-trained of equal total", measure, ratios, 1.0))
+        found.append(_as_trained(f"{group}: better than sparse-trained of equal total", dsmoe, smoe, 1.0))
         measure = f"{name} / {smoe[0].run.entry}, both with {share:.0%} active"
         ratios = paired(dsmoe, smoe, lambda result: result.loss_at_share(share), loss_as_trained)
         found.append(Finding(f"{group}: better than sparse-trained of equal active share", measure, ratios, 1.0))
@@ -105,6 +98,12 @@ def _of_group(group: str, dense: list[Result], dsmoe: list[Result], smoe: list[R
         measure = f"{name}: threshold / {rule}, {ACTIVE:.0%} active"
         found.append(Finding(f"{group}: threshold is better than {rule}", measure, other, 1.0))
     return found
+
+
+def _as_trained(claim: str, dsmoe: list[Result], others: list[Result], limit: float) -> Finding:
+    """A DS-MoE model beside another, each under the policy that it was trained with."""
+    measure = f"{dsmoe[0].run.entry} under the dense policy / {others[0].run.entry}"
+    return Finding(claim, measure, paired(dsmoe, others, loss_as_trained, loss_as_trained), limit)
 
 
 def _sizes(results: Sequence[Result]) -> Iterator[Finding]:

@@ -40,16 +40,19 @@ def draw(name: str, results: Sequence[Result], path: Path) -> bool:
 
 def gap_over_tokens(results: Sequence[Result]) -> Figure | None:
     """A panel per group: training loss less that of the best dense model, which read the same samples."""
-    panels = {group: runs for group, runs in by_group(results).items() if _gaps(runs)}
+    panels = {}
+    for group, runs in by_group(results).items():
+        if (dense := best_of(runs, "dense")) and (gaps := _gaps(runs, dense)):
+            panels[f"{group}, beside {dense[0].run.entry}"] = gaps
     if not panels:
         return None
-    figure, lines = Figure(figsize=(WIDTH, HEIGHT), layout="constrained"), _lines(results)
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for axis, (group, runs) in zip(axes, panels.items(), strict=True):
-        for name, points in _gaps(runs).items():
+    figure, axes = _panels(len(panels))
+    lines = _lines(results)
+    for axis, (title, gaps) in zip(axes, panels.items(), strict=True):
+        for name, points in gaps.items():
             axis.plot(*zip(*points, strict=True), **lines[name], label=name)
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_title(f"{group}, beside {best_of(runs, 'dense')[0].run.entry}")
+        axis.set_title(title)
         axis.set_xlabel("tokens [millions]")
         axis.set_ylabel("loss less the dense model's [nats]")
     _legend(figure)
@@ -61,8 +64,8 @@ def perplexity_by_share(results: Sequence[Result]) -> Figure | None:
     panels = by_group(results)
     if not panels:
         return None
-    figure, lines = Figure(figsize=(WIDTH, HEIGHT), layout="constrained"), _lines(results)
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    figure, axes = _panels(len(panels))
+    lines = _lines(results)
     for axis, (group, runs) in zip(axes, panels.items(), strict=True):
         for name, seeds in by_entry(runs).items():
             if seeds[0].run.family == "dense":
@@ -138,10 +141,9 @@ PICTURES = {
 }
 
 
-def _gaps(results: Sequence[Result]) -> dict[str, list[Point]]:
-    """Of each entry but the best dense one, its gap to that."""
-    dense = best_of(results, "dense")
-    others = {name: runs for name, runs in by_entry(results).items() if dense and name != dense[0].run.entry}
+def _gaps(results: Sequence[Result], dense: Sequence[Result]) -> dict[str, list[Point]]:
+    """Of each other entry, its gap to the dense one."""
+    others = {name: runs for name, runs in by_entry(results).items() if name != dense[0].run.entry}
     return {name: points for name, runs in others.items() if (points := _gap(runs, dense))}
 
 
@@ -150,9 +152,9 @@ def _gap(runs: Sequence[Result], others: Sequence[Result]) -> list[Point]:
     of_seed = {other.run.seed: other.loss_by_tokens for other in others}
     gaps = defaultdict(list)
     for run in runs:
-        other = of_seed.get(run.run.seed, {})
-        for tokens in run.loss_by_tokens.keys() & other.keys():
-            gaps[tokens].append(run.loss_by_tokens[tokens] - other[tokens])
+        own, other = run.loss_by_tokens, of_seed.get(run.run.seed, {})
+        for tokens in own.keys() & other.keys():
+            gaps[tokens].append(own[tokens] - other[tokens])
     points = [(tokens / 1e6, statistics.fmean(gaps[tokens])) for tokens in sorted(gaps)]
     parts = [points[begin : begin + LINES_PER_POINT] for begin in range(0, len(points), LINES_PER_POINT)]
     return [(statistics.fmean(x for x, _ in part), statistics.fmean(y for _, y in part)) for part in parts]
@@ -177,6 +179,12 @@ def _active_by_layer(runs: Sequence[Result], kind: str) -> Iterator[Point]:
     for routers in zip(*of_runs, strict=True):
         shares = [router["active_experts"] / len(router["share"]) for router in routers]
         yield routers[0]["layer"], 100 * statistics.fmean(shares)
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels beside each other, on one scale."""
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False, sharey=True)[0])
 
 
 def _lines(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
