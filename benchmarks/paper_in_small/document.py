@@ -36,8 +36,8 @@ from data_tools.indexed_dataset import write_whole
 INTRODUCTION, OUTLOOK = HERE / "introduction.md", HERE / "outlook.md"
 SHARES = (0.4, 0.3)
 SMALL = (
-    "At this size a few tokens cost the number of operations rather than the weights that are read, so that sparse"
-    " inference gains with many tokens at a time; [benchmarks.md](benchmarks.md) has larger models."
+    "These models are small. [benchmarks.md](benchmarks.md) has larger ones, which gain with few tokens at a time too,"
+    " and what bounds them."
 )
 Figure = Callable[[Entry], float]  # of one policy
 
