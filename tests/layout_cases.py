@@ -257,8 +257,12 @@ class Runs:
         return differences(self.trace(case), self.trace(case.single_process()))
 
     def limits(self, case: Case) -> dict[str, float]:
-        """What the differences may be: rounding in float32; in bf16 as far as one process is from its float32 self."""
+        """What the differences may be: rounding in float32; in bf16 twice what sets one process apart from float32.
+
+        Twice, as both runs are rounded, each on its way from the same float32 numbers: which of them the roundings
+        take further depends on the processor's matrix products.
+        """
         if case.precision == "fp32":
             return dict.fromkeys(("loss", "mi_loss", "grad_norm", "gradient"), TOLERANCE)
-        single = case.single_process()
-        return dict(differences(self.trace(single), self.trace(case.single_process("fp32"))))
+        rounding = differences(self.trace(case.single_process()), self.trace(case.single_process("fp32")))
+        return {name: 2 * value for name, value in rounding}
