@@ -43,8 +43,9 @@ class ModelConfig:
     moe_intermediate_size: int = 128
     """Hidden units of ONE expert."""
     expert_training: Literal["dense", "sparse"] = "dense"
-    """`dense`: every expert computes on every token (DS-MoE); `sparse`: the sparse-trained baseline, megatron-core's
-    own MoELayer with num_experts_per_tok experts per token and the switch load-balancing loss."""
+    """`dense`: every expert computes on every token (DS-MoE); `sparse`: the sparse-trained baseline, whose MLP is
+    megatron-core's own MoELayer with num_experts_per_tok experts per token and the switch load-balancing loss;
+    attention experts are trained densely in both."""
     switch_loss_coefficient: float = 0.01
     """Weight of the switch load-balancing loss (`expert_training: sparse` only)."""
     hidden_act: Literal["gelu", "silu"] = "gelu"

@@ -193,8 +193,6 @@ def _check_sparse_training(config: Config) -> None:
         return
     if not model.has_mlp_router:
         _refuse(config, "model.num_experts", "must be above 1 with expert_training sparse")
-    if model.has_attention_router:
-        _refuse(config, "model.attention_type", "must be gqa with expert_training sparse")
     if model.router_type != "linear":
         _refuse(config, "model.router_type", "must be linear with expert_training sparse")
     if model.mi_alpha_mlp:

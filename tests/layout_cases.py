@@ -28,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "expert_training": "sparse",
     },
+    "sparse baseline, MoA": {"num_experts": 4, "num_experts_per_tok": 2, "expert_training": "sparse"},
 }
 
 
@@ -156,6 +157,8 @@ def cases() -> list[Case]:
         Case("CP2", 2, CONTEXT, "dense baseline"),
         Case("EP2", 2, EXPERT, "sparse baseline"),
         Case("PP2", 2, PIPELINE, "sparse baseline"),
+        Case("TP2+SP x EP2", 4, {**SEQUENCE, **EXPERT}, "sparse baseline, MoA"),
+        Case("PP2 x DP2", 4, PIPELINE, "sparse baseline, MoA"),
     ]
     documents = [
         Case(f"{name}, separate documents", processes, parallel, separate_documents=True)

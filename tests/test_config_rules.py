@@ -182,7 +182,6 @@ def test_a_single_value_that_cannot_be_is_refused(key: str, value: float, rule: 
         (2, RAMP | {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "train.ramp_up.start_batch_size": 3,
             "train.ramp_up.increment": 5}, "train.ramp_up.start_batch_size", "3 micro-batches per replica"),
         (1, SPARSE_BASELINE | {"model.num_experts": 1}, "model.num_experts", "above 1"),
-        (1, {"model.expert_training": "sparse"}, "model.attention_type", "must be gqa"),
         (1, SPARSE_BASELINE | {"model.router_type": "mlp"}, "model.router_type", "must be linear"),
         (1, SPARSE_BASELINE | {"model.mi_alpha_mlp": 1e-3}, "model.mi_alpha_mlp", "must be 0"),
         (1, SPARSE_BASELINE | {"model.num_experts_per_tok": 9}, "model.num_experts_per_tok", "experts, 8"),

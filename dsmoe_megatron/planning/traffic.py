@@ -164,12 +164,10 @@ class _Plan:
 
     def routers(self) -> Iterator[Transfer]:
         """Scores go to the ranks that the gated units are split over; the mean scores of the loss are summed."""
-        if self.model.expert_training == "sparse":
-            return
         if self.model.has_attention_router:
             experts, group = self.model.num_attention_experts, self.tensor_group
             yield from self._scores(experts, group, self.parallel.sequence, self.tensor_or_sequence)
-        if self.model.has_mlp_router:
+        if self.model.has_mlp_router and self.model.expert_training == "dense":
             split = self.parallel.sequence or self.mlp_apart
             yield from self._scores(self.model.num_experts, self.mlp_group, split, self.mlp_parallelism)
 

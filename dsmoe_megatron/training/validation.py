@@ -46,7 +46,7 @@ def validate(
     share = active_share(model, active_mlp, model.num_attention_experts)
     policies = {name: {"perplexity": finite(perplexity_of(loss)), "active_share": share}}
     # asked of the recipe, not of engine.routers: every rank must make the same passes
-    if model.has_attention_router or (model.has_mlp_router and not trained_sparse):
+    if (model.has_attention_router or model.has_mlp_router) and not trained_sparse:
         for section in config.evaluation.policies:
             policy = resolve_policy(section, config)
             policies[policy_name(policy)] = _under_policy(engine, weighted, policy, config, batch_done)

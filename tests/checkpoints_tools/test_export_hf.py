@@ -20,6 +20,7 @@ from checkpoints_tools.export_hf import export, main
 from dsmoe_megatron.errors import ConfigurationError
 from dsmoe_megatron.inference.policy import ExpertPolicy
 from tests.made_up_runs import ARCHITECTURE, GQA, LLAMA, QWEN, Run, make_run, token_ids
+from tests.reference_model import ReferenceConfig
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +154,11 @@ def test_the_card_counts_limits_per_layer(run: Run, tmp_path: Path) -> None:
     assert counts[1] - counts[0] == (1 + 4 - 2 - 2) * 2 * hidden * units - missing * 2 * hidden * heads * width
 
 
-def test_sparse_trained_baseline_is_exported_with_topk(tmp_path: Path, tokenizer_folder: Path) -> None:
-    run = make_run(tmp_path / "run", tokenizer_folder, GQA, expert_training="sparse", num_experts_per_tok=2)
+@pytest.mark.parametrize("architecture", [GQA, ARCHITECTURE], ids=["gqa", "moa"])
+def test_sparse_trained_baseline_is_exported_with_topk(
+    tmp_path: Path, tokenizer_folder: Path, architecture: ReferenceConfig
+) -> None:
+    run = make_run(tmp_path / "run", tokenizer_folder, architecture, expert_training="sparse", num_experts_per_tok=2)
 
     export(run.folder, tmp_path / "export")
 

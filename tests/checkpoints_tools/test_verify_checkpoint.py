@@ -24,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "moa": {"router_type": "mlp", "attention_experts_per_tok": 3},
     "gated": {**GATED, "expert_policy": "topk", "num_experts_per_tok": 2},
     "sparse-trained": {**GATED, "expert_training": "sparse", "num_experts_per_tok": 2},
+    "sparse-trained, moa": {"expert_training": "sparse", "num_experts_per_tok": 2},
     "llama": {**GATED, "num_experts": 1, "moe_intermediate_size": 96},
 }
 
@@ -85,6 +86,7 @@ def policies(verdict: Verdict) -> list[str]:
         ("gated", "auto", torch.float32, ["topk 2", "dense", "threshold 0.48"]),
         ("gated", "qwen2_moe", torch.float32, ["topk 2"]),
         ("sparse-trained", "auto", torch.float32, ["topk 2"]),
+        ("sparse-trained, moa", "auto", torch.float32, ["topk 2"]),
         ("llama", "auto", torch.float32, ["dense"]),
     ],
 )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from checkpoints_tools.export_formats import Format
 from checkpoints_tools.export_hf import export as export_run
 from dsmoe_megatron.__main__ import main
-from dsmoe_megatron.config import DatasetSource
+from dsmoe_megatron.config import Config, DatasetSource, PolicyConfig
 from dsmoe_megatron.config_parsing import load_config
 from dsmoe_megatron.evaluation.loading import load_model
 from dsmoe_megatron.evaluation.windows import windows_of
@@ -137,31 +137,55 @@ def sparse_trained_run(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """Of an architecture that Qwen2-MoE has too; its last line of metrics is the validation's."""
-    model = {"attention_type": "gqa", "num_experts": 6, "expert_training": "sparse", "num_experts_per_tok": 2}
-    config = run_config(
-        small_data,
-        tmp_path_factory.mktemp("sparse") / "run",
-        model={**model, "head_dim": 8, "hidden_act": "silu", "gated_mlp": True},
-        data={"validation": [DatasetSource(trained_run.data)]},
-        evaluation={"policies": [], "batches": 8},
-    )
+    folder = tmp_path_factory.mktemp("sparse") / "run"
+    config = sparse_training(small_data, folder, trained_run, attention_type="gqa")
     worker_pool.run(1, pretrain_job, config)
-    return Path(config.train.run_dir)
+    return folder
+
+
+def sparse_training(small_data: SmallData, folder: Path, trained_run: TrainedRun, attention_type: str) -> Config:
+    return run_config(
+        small_data,
+        folder,
+        model={
+            **{"attention_type": attention_type, "num_experts": 6, "expert_training": "sparse"},
+            **{"num_experts_per_tok": 2, "head_dim": 8, "hidden_act": "silu", "gated_mlp": True},
+        },
+        data={"validation": [DatasetSource(trained_run.data)]},
+        evaluation={"policies": [PolicyConfig(expert_policy="threshold")], "batches": 8},  # not for such models
+    )
+
+
+def check_evaluated_as_trained(run: Path, data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = next(line for line in read_lines(run) if "validation_loss" in line)
+
+    result = evaluate(capsys, "--checkpoint", run, "--data", data)
+
+    assert list(result["policies"]) == ["topk 2"] == list(expected["policies"])
+    for name, value in expected["policies"]["topk 2"].items():
+        assert result["policies"]["topk 2"][name] == pytest.approx(value, rel=1e-5)
 
 
 def test_a_sparse_trained_baseline_is_evaluated_as_it_was_trained(
     sparse_trained_run: Path, capsys: pytest.CaptureFixture[str], trained_run: TrainedRun
 ) -> None:
-    expected = next(line for line in read_lines(sparse_trained_run) if "validation_loss" in line)
+    check_evaluated_as_trained(sparse_trained_run, trained_run.data, capsys)
 
-    result = evaluate(capsys, "--checkpoint", sparse_trained_run, "--data", trained_run.data)
-
-    assert list(result["policies"]) == ["topk 2"] == list(expected["policies"])
-    for name, value in expected["policies"]["topk 2"].items():
-        assert result["policies"]["topk 2"][name] == pytest.approx(value, rel=1e-5)
     with pytest.raises(SystemExit):
         main(["evaluate", "--checkpoint", str(sparse_trained_run), "--data", trained_run.data, "--thresholds", "1"])
     assert "a sparse-trained model chooses experts as it was trained, by topk" in capsys.readouterr().err
+
+
+def test_a_sparse_trained_baseline_with_attention_experts_is_too(
+    worker_pool: WorkerPool,
+    small_data: SmallData,
+    trained_run: TrainedRun,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    worker_pool.run(1, pretrain_job, sparse_training(small_data, tmp_path / "run", trained_run, attention_type="moa"))
+
+    check_evaluated_as_trained(tmp_path / "run", trained_run.data, capsys)
 
 
 def test_a_sparse_trained_baseline_takes_other_numbers_of_experts(

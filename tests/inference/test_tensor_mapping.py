@@ -1,5 +1,7 @@
 """The tensor table: both ways exact, and Megatron's layouts computed Megatron's way equal the reference's experts."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,9 +111,10 @@ def test_vocabulary_is_cut_and_padded_with_zeros() -> None:
     assert torch.equal(mapping.to_exported(megatron)["lm_head.weight"], exported["lm_head.weight"])
 
 
+@pytest.mark.parametrize("attention", [{}, {"attention_type": "gqa", "num_attention_experts": 1}], ids=["moa", "gqa"])
 @pytest.mark.parametrize("gated", [False, True])
-def test_sparse_trained_baseline_keeps_its_expert_axis(gated: bool) -> None:
-    config = reference.ReferenceConfig(attention_type="gqa", num_attention_experts=1, gated_mlp=gated)
+def test_sparse_trained_baseline_keeps_its_expert_axis(gated: bool, attention: dict[str, Any]) -> None:
+    config = reference.ReferenceConfig(**attention, gated_mlp=gated)
     mapping = TensorMapping(config, config.vocab_size, PADDED_VOCABULARY, expert_training="sparse")
     exported = reference.random_tensors(config)
 

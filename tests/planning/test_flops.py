@@ -17,6 +17,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "GQA": {"attention_type": "gqa"},
     "dense baseline": {"attention_type": "gqa", "num_experts": 1, "moe_intermediate_size": 96},
     "sparse baseline": {"attention_type": "gqa", "expert_training": "sparse", "num_experts_per_tok": 2},
+    "sparse baseline, MoA": {"expert_training": "sparse", "num_experts_per_tok": 2},
 }
 
 

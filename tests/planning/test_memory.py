@@ -55,6 +55,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "GQA with many heads": (1, {**MANY_HEADS, **GQA}, {}, {}),
     "dense baseline, SwiGLU": (1, {**DENSE, **SWIGLU}, {}, {}),
     "sparse baseline": (1, SPARSE, {}, {}),
+    "sparse baseline, MoA": (1, {"expert_training": "sparse", "mi_alpha_mlp": 0.0}, {}, {}),
     "bf16": (1, {}, BF16, {}),
     "bf16, SwiGLU": (1, SWIGLU, BF16, {}),
     "bf16, large vocabulary": (1, {"vocab_size": 2048, "num_hidden_layers": 1}, BF16, {}),

@@ -34,6 +34,7 @@ CASES: list[tuple[str, dict[str, Any], int, dict[str, Any], dict[str, Any]]] = [
     ("DP2, loss over all ranks", {"mi_scope": "data_parallel"}, 2, {}, {}),
     ("dense baseline, DP2 x PP2", DENSE, 4, {"pipeline": 2}, {}),
     ("sparse baseline, EP2", SPARSE, 2, {"expert": 2}, {}),
+    ("sparse baseline, MoA, EP2", {**SPARSE, "attention_type": "moa"}, 2, {"expert": 2}, {}),
 ]
 TOLERANCE = dict.fromkeys(("tensor", "expert", "context", "pipeline"), 1e-9)
 TOLERANCE["data"] = 0.01
