@@ -14,7 +14,6 @@ from benchmarks.paper_in_small.result import Result, Spread, by_entry, by_group,
 EQUAL = 1.01  # as good as: up to one per cent above
 WITHIN = 1.05
 FAMILIES = ("dense", "dsmoe", "smoe")
-PLAIN_ATTENTION = "dsmoe_gqa"  # the recipes of DS-MoE whose attention is that of the sparse-trained models
 SEEDS, CLOSE_SEEDS = 2, 3  # fewer show nothing; more are needed where the mean ratio is close to the limit
 CLOSE = 0.03
 ACTIVE = 0.4  # the share of the parameters that the claims are about
@@ -59,10 +58,11 @@ def findings(results: Sequence[Result]) -> list[Finding]:
         models = {family: best_of(runs, family) for family in FAMILIES}
         if models["dsmoe"]:
             found += _of_group(name, **models)
-        plain = best_of([run for run in runs if run.run.model.startswith(PLAIN_ATTENTION)], "dsmoe")
-        if plain and models["smoe"]:
+        with_plain_attention = [run for run in runs if run.run.has_plain_attention]
+        plain = {family: best_of(with_plain_attention, family) for family in ("dsmoe", "smoe")}
+        if all(plain.values()):
             claim = f"{name}: better than sparse-trained, both with plain attention"
-            found.append(_as_trained(claim, plain, models["smoe"], 1.0))
+            found.append(_as_trained(claim, plain["dsmoe"], plain["smoe"], 1.0))
     return [*found, *_sizes(results)]
 
 

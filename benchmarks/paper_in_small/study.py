@@ -41,6 +41,11 @@ class PlannedRun:
         """dense, dsmoe, smoe or moa (attention experts alone)."""
         return self.model.split("_")[0]
 
+    @property
+    def has_plain_attention(self) -> bool:
+        """DS-MoE has attention experts unless its recipe's name says gqa, others if it says moa."""
+        return "gqa" in self.model if self.family == "dsmoe" else "moa" not in self.model
+
 
 @dataclass(frozen=True)
 class Policies:

@@ -186,10 +186,14 @@ def test_dense_and_sparse_training_are_compared_with_equal_attention_too() -> No
         results.append(a_result("ours", "dsmoe_4m", seed, ours))
         results.append(a_result("plain", "dsmoe_gqa_4m", seed, plain))
         results.append(a_result("theirs", "smoe_top4_4m", seed, {("topk", 4): (0.4, 3.5)}))
+        results.append(a_result("with experts", "smoe_moa_top4_4m", seed, {("topk", 4): (0.4, 3.2)}))
 
     found = {finding.claim: finding for finding in findings(results)}
 
-    assert found["4m, 1M tokens: better than sparse-trained of equal total"].verdict == "yes"
+    better = found["4m, 1M tokens: better than sparse-trained of equal total"]
+    assert better.measure == "ours under the dense policy / with experts"
+    assert better.ratios.values == pytest.approx([math.exp(-0.2)] * 2)
+    assert better.verdict == "yes"
     equal = found["4m, 1M tokens: better than sparse-trained, both with plain attention"]
     assert equal.measure == "plain under the dense policy / theirs"
     assert equal.ratios.values == pytest.approx([math.exp(0.1)] * 2)
