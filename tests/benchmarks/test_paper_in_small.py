@@ -194,6 +194,9 @@ def test_dense_and_sparse_training_are_compared_with_equal_attention_too() -> No
     assert better.measure == "ours under the dense policy / with experts"
     assert better.ratios.values == pytest.approx([math.exp(-0.2)] * 2)
     assert better.verdict == "yes"
+    as_in_paper = found["4m, 1M tokens: better than sparse-trained with plain attention, as in the paper"]
+    assert as_in_paper.measure == "ours under the dense policy / theirs"
+    assert as_in_paper.ratios.values == pytest.approx([math.exp(-0.5)] * 2)
     equal = found["4m, 1M tokens: better than sparse-trained, both with plain attention"]
     assert equal.measure == "plain under the dense policy / theirs"
     assert equal.ratios.values == pytest.approx([math.exp(0.1)] * 2)
