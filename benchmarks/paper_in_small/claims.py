@@ -14,6 +14,7 @@ from benchmarks.paper_in_small.result import Result, Spread, by_entry, by_group,
 EQUAL = 1.01  # as good as: up to one per cent above
 WITHIN = 1.05
 FAMILIES = ("dense", "dsmoe", "smoe")
+Loss = Callable[[Result], float | None]  # in nats per token, of a run that has it
 SEEDS, CLOSE_SEEDS = 2, 3  # fewer show nothing; more are needed where the mean ratio is close to the limit
 CLOSE = 0.03
 ACTIVE = 0.4  # the share of the parameters that the claims are about
@@ -58,6 +59,7 @@ def findings(results: Sequence[Result]) -> list[Finding]:
         models = {family: best_of(runs, family) for family in FAMILIES}
         if models["dsmoe"]:
             found += _of_group(name, **models)
+        found += _at_few_experts(name, runs)
         found += _with_plain_attention(name, runs, models["dsmoe"])
     return [*found, *_sizes(results)]
 
@@ -66,13 +68,23 @@ def best_of(results: Sequence[Result], family: str) -> list[Result]:
     """The entry of a family with the least loss of its first seed under the policy that counts: the learning rate, the
     weight of the loss, the number of experts are chosen so.
     """
-    entries = by_entry([result for result in results if result.run.family == family and _score(result) is not None])
-    return min(entries.values(), key=lambda runs: _score(runs[0]) or math.inf, default=[])
+    return _with_least(_score, [result for result in results if result.run.family == family])
+
+
+def _with_least(score: Loss, results: Sequence[Result]) -> list[Result]:
+    """The entry whose first seed has the lowest; none where no run has one."""
+    entries = by_entry([result for result in results if score(result) is not None])
+    return min(entries.values(), key=lambda runs: score(runs[0]) or math.inf, default=[])
 
 
 def _score(result: Result) -> float | None:
     """DS-MoE is judged by what it is for: its loss with few parameters active."""
     return result.loss_at_share(ACTIVE) if result.run.family == "dsmoe" else loss(result.as_trained)
+
+
+def _at_low_share(result: Result) -> float | None:
+    """A sparse-trained model has fewer experts active than it was trained with, if need be."""
+    return result.loss_at_share(SPARSE, "topk" if result.run.family == "smoe" else "threshold")
 
 
 def _of_group(group: str, dense: list[Result], dsmoe: list[Result], smoe: list[Result]) -> list[Finding]:
@@ -94,6 +106,16 @@ def _of_group(group: str, dense: list[Result], dsmoe: list[Result], smoe: list[R
         measure = f"{name}: threshold / {rule}, {ACTIVE:.0%} active"
         found.append(Finding(f"{group}: threshold is better than {rule}", measure, other, 1.0))
     return found
+
+
+def _at_few_experts(group: str, runs: Sequence[Result]) -> Iterator[Finding]:
+    """The best DS-MoE and the best sparse-trained model at a share below that of most sparse-trained ones."""
+    families = [[run for run in runs if run.run.family == family] for family in ("dsmoe", "smoe")]
+    dsmoe, smoe = (_with_least(_at_low_share, of_family) for of_family in families)
+    if dsmoe and smoe:
+        measure = f"{dsmoe[0].run.entry} / {smoe[0].run.entry}, both with {SPARSE:.0%} active"
+        ratios = paired(dsmoe, smoe, _at_low_share, _at_low_share)
+        yield Finding(f"{group}: better than sparse-trained with few experts active", measure, ratios, 1.0)
 
 
 def _with_plain_attention(group: str, runs: Sequence[Result], best_dsmoe: list[Result]) -> Iterator[Finding]:
@@ -129,15 +151,15 @@ def _sizes(results: Sequence[Result]) -> Iterator[Finding]:
                 yield Finding("larger models tolerate more sparsity", measure, paired(large, small, cost, cost), 1.0)
 
 
-def _at_share_under(rule: str) -> Callable[[Result], float | None]:
+def _at_share_under(rule: str) -> Loss:
     return lambda result: result.loss_at_share(ACTIVE, rule)
 
 
 def paired(
     ours: Sequence[Result],
     theirs: Sequence[Result],
-    our_loss: Callable[[Result], float | None],
-    their_loss: Callable[[Result], float | None],
+    our_loss: Loss,
+    their_loss: Loss,
 ) -> Spread:
     """Ratio of perplexities, seed by seed."""
     by_seed = {result.run.seed: their_loss(result) for result in theirs}

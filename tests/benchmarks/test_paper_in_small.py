@@ -203,6 +203,25 @@ def test_dense_and_sparse_training_are_compared_with_equal_attention_too() -> No
     assert equal.verdict == "no"
 
 
+def test_few_experts_are_compared_between_the_models_that_bear_them_best() -> None:
+    results = []
+    for seed in (1, 2):
+        four = {("topk", 4): (0.4, 3.0), ("topk", 1): (0.2, 3.4)}  # 3.2 at 30 %
+        results.append(a_result("four", "smoe_top4_4m", seed, four))
+        two = {("topk", 2): (0.35, 3.05), ("topk", 1): (0.25, 3.25)}  # 3.15
+        results.append(a_result("two", "smoe_top2_4m", seed, two))
+        sharp = {("dense", 0): (1.0, 3.1), ("threshold", 1.0): (0.3, 3.12)}
+        results.append(a_result("sharp", "dsmoe_4m", seed, sharp))
+        blunt = {("dense", 0): (1.0, 3.0), ("threshold", 0.1): (0.4, 3.05), ("threshold", 1.0): (0.3, 3.3)}
+        results.append(a_result("blunt", "dsmoe_4m", seed, blunt))
+
+    found = {finding.claim: finding for finding in findings(results)}
+
+    few = found["4m, 1M tokens: better than sparse-trained with few experts active"]
+    assert few.measure == "sharp / two, both with 30% active"
+    assert few.ratios.values == pytest.approx([math.exp(3.12 - 3.15)] * 2)
+
+
 def test_the_gap_to_the_dense_model_is_drawn_over_tokens() -> None:
     losses = {"plain": [3.0, 2.0, 1.5], "ours": [3.1, 1.8, 1.2]}
     results = []
