@@ -130,7 +130,7 @@ def a_result(
     entry: str,
     model: str,
     seed: int,
-    losses: dict[tuple[str, float | int], tuple[float, float]],
+    losses: dict[tuple[str, Any], tuple[float, float]],
     overrides: dict[str, Any] | None = None,
     tokens: int = 1_000_000,
 ) -> Result:
