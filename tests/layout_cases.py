@@ -267,5 +267,8 @@ class Runs:
         """
         if case.precision == "fp32":
             return dict.fromkeys(("loss", "mi_loss", "grad_norm", "gradient"), TOLERANCE)
-        rounding = differences(self.trace(case.single_process()), self.trace(case.single_process("fp32")))
-        return {name: 2 * value for name, value in rounding}
+        return {name: 2 * value for name, value in self.rounding(case)}
+
+    def rounding(self, case: Case) -> Differences:
+        """What sets the single process apart from itself in float32."""
+        return differences(self.trace(case.single_process()), self.trace(case.single_process("fp32")))

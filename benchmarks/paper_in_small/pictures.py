@@ -183,7 +183,7 @@ def _active_by_layer(runs: Sequence[Result], kind: str) -> Iterator[Point]:
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
     """A figure of so many panels beside each other, on one scale."""
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.6 * HEIGHT), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False, sharey=True)[0])
 
 
