@@ -113,14 +113,16 @@ def test_import_then_export_gives_every_bit_back(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "model", "step"]
 
 
-@pytest.mark.parametrize("expert_training", ["dense", "sparse"])
+@pytest.mark.parametrize(
+    "training",
+    [{}, {"expert_training": "sparse"}, {"expert_training": "sparse", "attention_type": "gqa"}],
+    ids=["dense", "sparse", "sparse, gqa"],
+)
 def test_export_then_import_gives_a_trained_checkpoint_back(
-    worker_pool: WorkerPool, small_data: SmallData, tmp_path: Path, expert_training: str
+    worker_pool: WorkerPool, small_data: SmallData, tmp_path: Path, training: dict[str, Any]
 ) -> None:
     parallel: dict[str, Any] = {"tensor": 2, "sequence": True}
-    changes: dict[str, Any] = {"hidden_act": "silu", "gated_mlp": True}
-    if expert_training == "sparse":
-        changes |= {"attention_type": "gqa", "expert_training": "sparse"}
+    changes: dict[str, Any] = {"hidden_act": "silu", "gated_mlp": True, **training}
     config = run_config(small_data, tmp_path / "run", model=changes, parallel=parallel, train={"steps": 1})
     config.evaluation.policies = []
     worker_pool.run(2, pretrain_job, config)
