@@ -369,7 +369,7 @@ class EvaluationConfig:
     policies: list[PolicyConfig] = field(
         default_factory=lambda: [PolicyConfig(expert_policy="topk"), PolicyConfig(expert_policy="threshold")]
     )
-    """Sparse policies measured beside the dense one; ignored by models without routers."""
+    """Sparse policies measured beside the dense one; ignored by sparse-trained models and those without routers."""
 
 
 @dataclass

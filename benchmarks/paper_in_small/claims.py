@@ -14,11 +14,11 @@ from benchmarks.paper_in_small.result import Result, Spread, by_entry, by_group,
 EQUAL = 1.01  # as good as: up to one per cent above
 WITHIN = 1.05
 FAMILIES = ("dense", "dsmoe", "smoe")
-Loss = Callable[[Result], float | None]  # in nats per token, of a run that has it
 SEEDS, CLOSE_SEEDS = 2, 3  # fewer show nothing; more are needed where the mean ratio is close to the limit
 CLOSE = 0.03
 ACTIVE = 0.4  # the share of the parameters that the claims are about
 SPARSE = 0.3  # and the one that shows how much sparsity a size tolerates
+Loss = Callable[[Result], float | None]  # in nats per token, of a run that has it
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def findings(results: Sequence[Result]) -> list[Finding]:
         if models["dsmoe"]:
             found += _of_group(name, **models)
         found += _at_few_experts(name, runs)
-        found += _with_plain_attention(name, runs, models["dsmoe"])
+        found += _with_plain_attention(name, runs, models["dsmoe"], models["smoe"])
     return [*found, *_sizes(results)]
 
 
@@ -92,17 +92,17 @@ def _of_group(group: str, dense: list[Result], dsmoe: list[Result], smoe: list[R
     found = []
     if dense:
         found.append(_as_trained(f"{group}: as good as a dense model of its size", dsmoe, dense, EQUAL))
-    sparse = paired(dsmoe, dsmoe, lambda result: result.loss_at_share(ACTIVE), loss_as_trained)
+    sparse = paired(dsmoe, dsmoe, _at_share(ACTIVE), loss_as_trained)
     measure = f"{name} with {ACTIVE:.0%} active / under the dense policy"
     found.append(Finding(f"{group}: within 5 % with at most {ACTIVE:.0%} active", measure, sparse, WITHIN))
     if smoe:
         share = smoe[0].as_trained["active_share"]
         found.append(_as_trained(f"{group}: better than sparse-trained of equal total", dsmoe, smoe, 1.0))
         measure = f"{name} / {smoe[0].run.entry}, both with {share:.0%} active"
-        ratios = paired(dsmoe, smoe, lambda result: result.loss_at_share(share), loss_as_trained)
+        ratios = paired(dsmoe, smoe, _at_share(share), loss_as_trained)
         found.append(Finding(f"{group}: better than sparse-trained of equal active share", measure, ratios, 1.0))
     for rule in ("topk", "threshold_topk"):
-        other = paired(dsmoe, dsmoe, lambda result: result.loss_at_share(ACTIVE), _at_share_under(rule))
+        other = paired(dsmoe, dsmoe, _at_share(ACTIVE), _at_share(ACTIVE, rule))
         measure = f"{name}: threshold / {rule}, {ACTIVE:.0%} active"
         found.append(Finding(f"{group}: threshold is better than {rule}", measure, other, 1.0))
     return found
@@ -118,11 +118,13 @@ def _at_few_experts(group: str, runs: Sequence[Result]) -> Iterator[Finding]:
         yield Finding(f"{group}: better than sparse-trained with few experts active", measure, ratios, 1.0)
 
 
-def _with_plain_attention(group: str, runs: Sequence[Result], best_dsmoe: list[Result]) -> Iterator[Finding]:
+def _with_plain_attention(
+    group: str, runs: Sequence[Result], best_dsmoe: list[Result], best_smoe: list[Result]
+) -> Iterator[Finding]:
     """Beside sparse-trained models as the paper has them: the best DS-MoE, and that whose attention is plain too."""
     plain = [run for run in runs if run.run.has_plain_attention]
     smoe, plain_dsmoe = best_of(plain, "smoe"), best_of(plain, "dsmoe")
-    if smoe and best_dsmoe and smoe != best_of(runs, "smoe"):
+    if smoe and best_dsmoe and smoe != best_smoe:
         claim = f"{group}: better than sparse-trained with plain attention, as in the paper"
         yield _as_trained(claim, best_dsmoe, smoe, 1.0)
     if smoe and plain_dsmoe:
@@ -151,8 +153,8 @@ def _sizes(results: Sequence[Result]) -> Iterator[Finding]:
                 yield Finding("larger models tolerate more sparsity", measure, paired(large, small, cost, cost), 1.0)
 
 
-def _at_share_under(rule: str) -> Loss:
-    return lambda result: result.loss_at_share(ACTIVE, rule)
+def _at_share(share: float, rule: str = "threshold") -> Loss:
+    return lambda result: result.loss_at_share(share, rule)
 
 
 def paired(
