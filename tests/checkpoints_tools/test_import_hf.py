@@ -1,7 +1,6 @@
 """Import: a Hugging Face folder becomes a checkpoint that training loads under any layout; and back, bit for bit."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,71 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from checkpoints_tools.distributed_checkpoint import DistributedCheckpoint
 from checkpoints_tools.export_hf import export
 from checkpoints_tools.import_hf import import_model, main
-from dsmoe_megatron.config import Config
 from dsmoe_megatron.config_parsing import load_config
 from dsmoe_megatron.errors import CheckpointError, ConfigurationError, DSMoEError
-from dsmoe_megatron.inference.configuration_dsmoe import DSMoEConfig
 from dsmoe_megatron.inference.modeling_dsmoe import DSMoEForCausalLM
-from dsmoe_megatron.tokenizers import load_tokenizer, save_huggingface
-from tests.pretrain_job import SmallData, pretrain_job, refused_job, run_config, training_lines
+from tests.models_to_import import VARIANTS, save_model
+from tests.pretrain_job import SmallData, pretrain_job, run_config
 from tests.worker_pool import WorkerPool
-
-# as tests.training_jobs.tiny_config; the weights are large, so that a loss tells these from freshly initialised ones
-ARCHITECTURE: dict[str, Any] = {
-    "vocab_size": 500,
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_attention_experts": 4,
-    "num_experts": 6,
-    "moe_intermediate_size": 16,
-    "router_hidden_size": 32,
-    "initializer_range": 0.3,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "expert_policy": "threshold",
-    "expert_threshold": 0.6,
-}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "moa": {},
-    "swiglu_mlp_router_layernorm_tied": {
-        "hidden_act": "silu",
-        "gated_mlp": True,
-        "router_type": "mlp",
-        "norm_type": "layernorm",
-        "tie_word_embeddings": True,
-    },
-    "gqa": {"attention_type": "gqa", "num_attention_experts": 1},
-    "dense": {
-        **{"attention_type": "gqa", "num_attention_experts": 1, "num_experts": 1},
-        **{"expert_policy": "dense", "expert_threshold": None},
-    },
-}
-LLAMA: dict[str, Any] = {
-    **{key: ARCHITECTURE[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "initializer_range")},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "tie_word_embeddings": True},
-}
-
-
-def save_model(folder: Path, tokenizer: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """A randomly initialised model, written by transformers itself."""
-    torch.manual_seed(3)
-    if changes.get("model_type") == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**LLAMA))
-    else:
-        model = DSMoEForCausalLM(DSMoEConfig(**{**ARCHITECTURE, **changes}))
-    model.to(dtype).save_pretrained(folder)
-    save_huggingface(load_tokenizer(tokenizer), folder)
-    return folder
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -199,121 +146,6 @@ def test_a_qwen2_moe_of_another_kind_is_refused(
         import_model(qwen, tmp_path / "step")
 
     assert not (tmp_path / "step").exists()
-
-
-def first_batch(config: Config, steps: int) -> list[dict[str, Tensor]]:
-    """The samples of each of the first steps, on one process."""
-    from dsmoe_megatron.runtime.distributed import model_parallel_groups
-    from dsmoe_megatron.training.data import build_datasets, global_batches
-    from dsmoe_megatron.training.loop import open_data
-
-    tokenizer = open_data(config)
-    with model_parallel_groups(config.parallel, config.train.seed):
-        train_data, _ = build_datasets(config, tokenizer, Path(config.train.run_dir) / "cache")
-        batches = global_batches(train_data, config, 0, 1)
-        steps_of_batches = [next(batches) for _ in range(steps)]
-        return [
-            {key: torch.cat([batch[key] for batch in micro_batches]) for key in ("tokens", "labels")}
-            for micro_batches in steps_of_batches
-        ]
-
-
-@pytest.fixture(scope="module")
-def imported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import_model(model, step := tmp_path_factory.mktemp("imported") / "step")
-    return step
-
-
-def start_config(small_data: SmallData, run_dir: Path, imported: Path, /, **sections: dict[str, Any]) -> Config:
-    """Two steps with hardly any learning from the imported weights."""
-    steps = {"steps": 2, **sections.pop("train", {})}
-    options: dict[str, Any] = {"optimizer": {"lr": 1e-7}, "checkpoint": {"load": str(imported)}}
-    return run_config(small_data, run_dir, **options, train=steps, **sections)
-
-
-@pytest.fixture(scope="module")
-def losses(
-    worker_pool: WorkerPool, small_data: SmallData, model: Path, imported: Path, tmp_path_factory: Any
-) -> list[float]:
-    """What transformers computes on the batches of the first two steps."""
-    config = start_config(small_data, tmp_path_factory.mktemp("batches"), imported)
-    batches = worker_pool.run(1, first_batch, config, 2)[0]
-    reference = DSMoEForCausalLM.from_pretrained(model).eval()
-    reference.set_policy("dense")
-    with torch.no_grad():
-        return [
-            float(F.cross_entropy(reference(batch["tokens"]).logits.flatten(0, 1).double(), batch["labels"].flatten()))
-            for batch in batches
-        ]
-
-
-@pytest.fixture(scope="module")
-def started(worker_pool: WorkerPool, small_data: SmallData, imported: Path, tmp_path_factory: Any) -> Path:
-    """A run of two steps on one process."""
-    run_dir: Path = tmp_path_factory.mktemp("started") / "run"
-    worker_pool.run(1, pretrain_job, start_config(small_data, run_dir, imported))
-    return run_dir
-
-
-def first_losses(run_dir: Path) -> list[float]:
-    lines = training_lines(run_dir)
-    assert list(lines) == [1, 2]
-    return [lines[step]["lm_loss"] for step in (1, 2)]
-
-
-def test_the_first_loss_is_that_of_the_imported_model(started: Path, losses: list[float]) -> None:
-    assert losses[0] > 8.0  # nothing that an untrained model would have: log 500 is 6.2
-    # the second step shows that the first one's update went out from the imported weights
-    assert first_losses(started) == pytest.approx(losses, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("world_size", "parallel", "precision"),
-    [
-        (2, {"tensor": 2}, "fp32"),
-        (4, {"tensor": 2, "sequence": True, "pipeline": 2, "expert": 2, "expert_tensor": 1}, "fp32"),
-        (2, {}, "bf16"),
-    ],
-    ids=["TP2", "TP2+SP, PP2, EP2", "DP2 in bf16"],
-)
-def test_an_imported_model_starts_under_any_layout(
-    worker_pool: WorkerPool,
-    small_data: SmallData,
-    imported: Path,
-    losses: list[float],
-    tmp_path: Path,
-    world_size: int,
-    parallel: dict[str, Any],
-    precision: str,
-) -> None:
-    config = start_config(small_data, tmp_path, imported, parallel=parallel, train={"precision": precision})
-
-    printed = worker_pool.run(world_size, pretrain_job, config)[0]
-
-    assert f"started from {imported}: weights alone, so the optimizer is fresh and this is step 0" in printed
-    assert first_losses(tmp_path) == pytest.approx(losses, rel=1e-5 if precision == "fp32" else 0.02)
-
-
-def test_a_run_that_started_so_resumes_as_any_other(
-    worker_pool: WorkerPool, small_data: SmallData, imported: Path, started: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(started, tmp_path / "run")
-
-    longer = start_config(small_data, tmp_path / "run", imported, train={"steps": 3})
-    printed = worker_pool.run(1, pretrain_job, longer)[0]
-
-    assert f"resumed from {tmp_path / 'run' / 'checkpoints' / 'step_00000002'}" in printed
-
-
-def test_a_step_folder_is_no_run_folder(
-    worker_pool: WorkerPool, small_data: SmallData, imported: Path, tmp_path: Path
-) -> None:
-    """A run in it would write its checkpoints there and never find them again."""
-    shutil.copytree(imported, tmp_path / "step")
-
-    text = worker_pool.run(1, refused_job, run_config(small_data, tmp_path / "step"))[0]
-
-    assert "is a step folder, not a run's: name another, and give this one as checkpoint.load" in text
 
 
 def change_config(model: Path, **changes: Any) -> None:
@@ -492,8 +324,9 @@ def test_an_error_is_one_line_and_a_non_zero_exit(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_transformers_reads_the_round_trip(model: Path, imported: Path, tmp_path: Path) -> None:
-    export(imported, tmp_path / "again")
+def test_transformers_reads_the_round_trip(model: Path, tmp_path: Path) -> None:
+    import_model(model, tmp_path / "step")
+    export(tmp_path / "step", tmp_path / "again")
 
     ids = torch.arange(12)[None]
     before = DSMoEForCausalLM.from_pretrained(model)
