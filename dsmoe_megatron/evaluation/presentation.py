@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dsmoe_megatron.evaluation.loading import LoadedModel
 from dsmoe_megatron.evaluation.perplexity import Measurement
 from dsmoe_megatron.evaluation.policies import policy_values
@@ -26,6 +28,7 @@ def as_dict(
         "checkpoint": str(checkpoint),
         "step": loaded.step,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else "cpu",
         "parameters_without_embeddings": count_parameters(loaded.architecture).total_without_embeddings,
         "data": [{"name": stream.name, "tokens": len(stream.ids)} for stream in streams],
         "windows": {

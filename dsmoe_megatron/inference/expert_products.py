@@ -45,7 +45,7 @@ def takes_pairs(experts: Any, hidden_TH: Tensor) -> bool:
         experts.config._experts_implementation == PER_EXPERT
         and hidden_TH.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and not experts._is_expert_parallel
+        and not getattr(experts, "_is_expert_parallel", False)
     )
 
 

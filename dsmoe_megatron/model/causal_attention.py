@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+
 
 def causal_attention(
     query_BNQD: Tensor, key_BNKD: Tensor, value_BNKD: Tensor, scale: float | None = None, dropout: float = 0.0
@@ -30,12 +32,17 @@ def causal_attention(
         [B, N, Q, D].
     """
     queries, keys = query_BNQD.shape[2], key_BNKD.shape[2]
+    on_cpu = query_BNQD.device.type == "cpu"
+    flash_on_cpu = on_cpu and queries != keys and dropout == 0.0
+    # on CUDA only the flash kernel takes groups, and it knows no float32: there the scores would be written out
+    if flash_on_cpu or not (on_cpu or query_BNQD.dtype in FLASH_DTYPES):
+        heads_per_group = query_BNQD.shape[1] // key_BNKD.shape[1]
+        key_BNKD, value_BNKD = (part.repeat_interleave(heads_per_group, dim=1) for part in (key_BNKD, value_BNKD))
     grouped = query_BNQD.shape[1] != key_BNKD.shape[1]
     if queries == keys:
         return F.scaled_dot_product_attention(
             query_BNQD, key_BNKD, value_BNKD, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
         )
-    flash_on_cpu = query_BNQD.device.type == "cpu" and dropout == 0.0
     if not flash_on_cpu:
         from torch.nn.attention.bias import causal_lower_right  # it brings torch's compiler along
 
@@ -43,9 +50,6 @@ def causal_attention(
         return F.scaled_dot_product_attention(
             query_BNQD, key_BNKD, value_BNKD, attn_mask=bias, dropout_p=dropout, scale=scale, enable_gqa=grouped
         )
-    if grouped:
-        heads_per_group = query_BNQD.shape[1] // key_BNKD.shape[1]
-        key_BNKD, value_BNKD = (part.repeat_interleave(heads_per_group, dim=1) for part in (key_BNKD, value_BNKD))
     output_BNQD: Tensor = _AfterPrefix.apply(query_BNQD, key_BNKD, value_BNKD, scale)
     return output_BNQD
 

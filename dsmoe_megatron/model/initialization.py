@@ -1,7 +1,7 @@
-"""Initial weights that depend on the seed and on nothing else: not on the layout, not on the order of building.
+"""Initial weights that depend on the seed and on nothing else: not on the layout, the device or the order of building.
 
 Every parameter is a slice of a global tensor that megatron-core's sharded state dict describes. The global tensor of
-one layer is drawn from a generator seeded with (seed, its key, the layer), and each rank keeps its slice.
+one layer is drawn on the host, from a generator seeded with (seed, its key, the layer), and each rank keeps its slice.
 """
 
 import hashlib
@@ -59,8 +59,8 @@ def _fill(shard: ShardedTensor, model: ModelConfig, seed: int) -> int:
     # layers (and, sparse-trained, experts) are stacked along leading axes that no single tensor has
     stacked = shard.prepend_axis_num
     shape, index = shard.global_shape[stacked:], shard.global_offset[:stacked]
-    generator = torch.Generator(device=data.device).manual_seed(_tensor_seed(seed, shard.key, index))
-    whole = torch.randn(shape, generator=generator, device=data.device, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(_tensor_seed(seed, shard.key, index))
+    whole = torch.randn(shape, generator=generator, dtype=torch.float32)
     data.copy_(whole[shard.global_slice()[stacked:]].view_as(data).mul_(std))
     return data.numel()
 

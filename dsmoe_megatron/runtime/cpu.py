@@ -201,11 +201,7 @@ def _answer_megatron_random() -> None:
 
 def _answer_megatron_moe() -> None:
     """The sparse-trained baseline's MoELayer."""
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
-
-    # moe_utils.py names te_general_gemm without Transformer Engine having defined it
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    from megatron.core.transformer.moe import token_dispatcher
 
     # token_dispatcher.py turns split sizes into numpy only if they are on CUDA; all_to_all_single wants numbers
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

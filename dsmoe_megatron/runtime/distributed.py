@@ -34,11 +34,21 @@ def prepare_device() -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        return device
-    from dsmoe_megatron.runtime.cpu import answer_cuda_assumptions
+    else:
+        from dsmoe_megatron.runtime.cpu import answer_cuda_assumptions
 
-    answer_cuda_assumptions()
-    return torch.device("cpu")
+        device = torch.device("cpu")
+        answer_cuda_assumptions()
+    _name_missing_kernel()
+    return device
+
+
+def _name_missing_kernel() -> None:
+    """megatron-core 0.16.1 asks whether its routers' kernel is None by a name that only Transformer Engine defines."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 @contextlib.contextmanager

@@ -128,6 +128,19 @@ def test_every_experts_implementation_is_sparse_inference(implementation: str) -
             assert_equal(model(token_ids()).logits, expected.logits, rtol=1e-4, atol=2e-5)
 
 
+def test_transformers_that_do_not_say_whether_experts_are_spread_over_processes() -> None:
+    """5.17 and older have no such attribute; seen on a machine with that version."""
+    model, tensors = build(VARIANTS["gelu_linear_moa"], torch.float32)
+    for module in model.modules():
+        vars(module).pop("_is_expert_parallel", None)
+    model.set_policy("topk")
+
+    expected = reference.reference_forward(
+        VARIANTS["gelu_linear_moa"], tensors, token_ids(), reference.ReferencePolicy("topk", **LIMITS)
+    )
+    assert_equal(model(token_ids()).logits, expected.logits, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("policy", ["topk", "threshold"])
 def test_inactive_experts_are_never_computed(policy: Any) -> None:
     """NaN weights of experts that no token chose leave no trace; scores times zero would."""

@@ -1,6 +1,6 @@
 """The experts' activation against its equation in float64: in place on a CPU, and as the compiler fuses it for a GPU.
 
-There is no GPU here: the compiler makes code for the CPU, from the same graph.
+Where there is no GPU the compiler makes code for the CPU, from the same graph.
 """
 
 from collections.abc import Callable
@@ -28,10 +28,12 @@ def test_values_and_gradients(
     activation: Function, gated: bool, implementation: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     torch.manual_seed(0)
-    units = torch.randn(5, 2, UNITS * (2 if gated else 1)).to(dtype)
-    log_scores = torch.randn(5, 2, EXPERTS).log_softmax(-1)
+    on_gpu = implementation == "compiled" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    units = torch.randn(5, 2, UNITS * (2 if gated else 1)).to(device, dtype)
+    log_scores = torch.randn(5, 2, EXPERTS).log_softmax(-1).to(device)
     log_scores[0, 0, 1] = float("-inf")  # switched off
-    weights = torch.randn(5, 2, UNITS).to(dtype)
+    weights = torch.randn(5, 2, UNITS).to(device, dtype)
     function = activate_and_scale if implementation == "in place" else compiled()
 
     inputs = [units.requires_grad_(), log_scores.requires_grad_()]
