@@ -121,7 +121,7 @@ def claims_table(results: Sequence[Result]) -> list[str]:
 def models_table(results: Sequence[Result]) -> list[str]:
     """Table 3 in small."""
     header = ["Model", "Parameters", "Seeds", "Perplexity as trained", "at eps 0.48", "active [%]"]
-    header += [f"{share:.0%} active" for share in SHARES] + ["Training, tokens/s a core"]
+    header += [f"{share:.0%} active" for share in SHARES] + ["Made on", "Training, tokens/s a core"]
     rows = []
     for name, runs in by_entry(results).items():
         row = [name, _millions(runs[0]), str(len(runs))]
@@ -129,7 +129,9 @@ def models_table(results: Sequence[Result]) -> list[str]:
         row.append(spread(runs, _at_eps(perplexity)).text(".2f"))
         row.append(spread(runs, _at_eps(lambda policy: 100 * policy["active_share"])).text(".0f"))
         row += [spread(runs, _perplexity_at(share)).text(".2f") for share in SHARES]
-        row.append(f"{statistics.fmean(run.tokens_per_s for run in runs):,.0f}")
+        row.append(", ".join(sorted({run.device for run in runs})))
+        on_a_core = [run.tokens_per_s for run in runs if run.device == "cpu"]  # a GPU is shared by many runs
+        row.append(f"{statistics.fmean(on_a_core):,.0f}" if on_a_core else "")
         rows.append(row)
     return table(header, rows) if rows else []
 
@@ -192,14 +194,16 @@ def policies_table(results: Sequence[Result]) -> list[str]:
 def time_table(results: Sequence[Result]) -> list[str]:
     """What the study took."""
     rows = []
-    for stage in ("training", "evaluation"):
-        costs = [cost for result in results for cost in result.costs if cost["stage"] == stage]
-        processor, wall = sum(cost["processor_s"] for cost in costs), sum(cost["wall_s"] for cost in costs)
-        peak = max((cost["peak_bytes"] for cost in costs), default=0)
-        rows.append(
-            [stage, str(len(results)), f"{processor / 3600:.1f}", f"{wall / 3600:.1f}", f"{peak / 1e6:,.0f} MB"]
-        )
-    return table(["", "Runs", "Processor hours", "Hours by the clock of one process", "Largest process"], rows)
+    for device in sorted({result.device for result in results}):
+        made_there = [result for result in results if result.device == device]
+        for stage in ("training", "evaluation"):
+            costs = [cost for result in made_there for cost in result.costs if cost["stage"] == stage]
+            processor, wall = sum(cost["processor_s"] for cost in costs), sum(cost["wall_s"] for cost in costs)
+            peak = max((cost["peak_bytes"] for cost in costs), default=0)
+            hours = [f"{processor / 3600:.1f}", f"{wall / 3600:.1f}"]
+            rows.append([stage, device, str(len(made_there)), *hours, f"{peak / 1e6:,.0f} MB"])
+    header = ["", "Made on", "Runs", "Processor hours", "Hours by the clock of one process", "Largest process"]
+    return table(header, rows)
 
 
 def _as_trained(figure: Figure) -> Callable[[Result], float | None]:

@@ -43,10 +43,10 @@ def gap_over_tokens(results: Sequence[Result]) -> Figure | None:
     panels = {}
     for group, runs in by_group(results).items():
         if (dense := best_of(runs, "dense")) and (gaps := _gaps(runs, dense)):
-            panels[f"{group}, beside {dense[0].run.entry}"] = gaps
+            panels[f"{group}\nbeside {dense[0].run.entry}"] = gaps
     if not panels:
         return None
-    figure, axes = _panels(len(panels))
+    figure, axes = _panels(len(panels), one_scale=True)
     lines = _lines(results)
     for axis, (title, gaps) in zip(axes, panels.items(), strict=True):
         for name, points in gaps.items():
@@ -64,7 +64,7 @@ def perplexity_by_share(results: Sequence[Result]) -> Figure | None:
     panels = by_group(results)
     if not panels:
         return None
-    figure, axes = _panels(len(panels))
+    figure, axes = _panels(len(panels), one_scale=False)
     lines = _lines(results)
     for axis, (group, runs) in zip(axes, panels.items(), strict=True):
         for name, seeds in by_entry(runs).items():
@@ -181,10 +181,10 @@ def _active_by_layer(runs: Sequence[Result], kind: str) -> Iterator[Point]:
         yield routers[0]["layer"], 100 * statistics.fmean(shares)
 
 
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels beside each other, on one scale."""
+def _panels(count: int, one_scale: bool) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels beside each other."""
     figure = Figure(figsize=(WIDTH, 1.6 * HEIGHT), layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False, sharey=True)[0])
+    return figure, list(figure.subplots(1, count, squeeze=False, sharey=one_scale)[0])
 
 
 def _lines(results: Sequence[Result]) -> dict[str, dict[str, Any]]:

@@ -58,8 +58,13 @@ class Result:
         return {line["tokens"]: line["lm_loss"] for line in self.training if line["lm_loss"] is not None}
 
     @property
+    def device(self) -> str:
+        """What it was made on; runs that do not say were made before a GPU could be."""
+        return "cpu" if self.evaluation is None else self.evaluation.get("device", "cpu")
+
+    @property
     def tokens_per_s(self) -> float:
-        """Of training on one core, median over its lines."""
+        """Of training, median over its lines."""
         return statistics.median(line["tokens_per_s"] for line in self.training if "tokens_per_s" in line)
 
     def under(self, rule: str) -> list[Entry]:
