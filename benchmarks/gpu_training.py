@@ -10,7 +10,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def _seconds(step: Run, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _longest_kernels(step: Callable[[], object], count: int) -> str:
+def _longest_kernels(step: Run, count: int) -> str:
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         step()
