@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,6 +20,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from benchmarks.measuring import (
+    RECIPES,
     Run,
     Seconds,
     add_size_option,
@@ -42,7 +42,6 @@ from dsmoe_megatron.runtime.distributed import model_parallel_groups, prepare_de
 from dsmoe_megatron.runtime.live_memory import live_bytes
 
 DENSE, DSMOE, MEGATRON = CONTESTANTS = ("dense", "DS-MoE", "Megatron-Core MoE")
-RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
 
 Build = Callable[[Config, torch.device], Run]
 

@@ -9,10 +9,8 @@ the device, the peak of the allocator's live bytes, and both as they were estima
 import gc
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,16 +18,16 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from benchmarks.measuring import (
-    WARMUPS,
+    RECIPES,
     Run,
     add_size_option,
     benchmark_parser,
+    paired_seconds,
     run_benchmark,
     surroundings,
     surroundings_line,
     table,
     training_step,
-    wait_for,
 )
 from dsmoe_megatron.config import Config, ParallelConfig
 from dsmoe_megatron.config_parsing import load_config
@@ -39,7 +37,6 @@ from dsmoe_megatron.planning.flops import training_flops
 from dsmoe_megatron.planning.hardware import Hardware, load_hardware
 from dsmoe_megatron.runtime.distributed import model_parallel_groups, prepare_device, process_group
 
-RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
 ONE_SIZE = ["dense_1b", "dsmoe_1b", "smoe_1b"]
 GIB = 2**30
 
@@ -71,7 +68,7 @@ def measure_model(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     step = training_step(config, device)
-    seconds = [_seconds(step, device) for _ in range(WARMUPS + steps)][WARMUPS:]
+    seconds = [each.wall for each in paired_seconds({name: step}, steps, device)[name]]
     peak = torch.cuda.max_memory_allocated(device)
     if kernels:
         print(_longest_kernels(step, kernels), file=sys.stderr)
@@ -91,14 +88,6 @@ def measure_model(
         "estimated_seconds": expected.time.total,
         "estimated_bytes": expected.peak_memory,
     }
-
-
-def _seconds(step: Run, device: torch.device) -> float:
-    wait_for(device)
-    started = time.perf_counter()
-    step()
-    wait_for(device)
-    return time.perf_counter() - started
 
 
 def _longest_kernels(step: Run, count: int) -> str:

@@ -20,6 +20,7 @@ from dsmoe_megatron.config import Config, ModelConfig, TrainConfig
 from dsmoe_megatron.errors import DSMoEError, exit_with
 from dsmoe_megatron.runtime.live_memory import no_garbage_collection
 
+RECIPES = Path(__file__).resolve().parent.parent / "launchers" / "recipes"
 WARMUPS = 2
 Run = Callable[[], object]
 

@@ -35,10 +35,12 @@ def causal_attention(
     on_cpu = query_BNQD.device.type == "cpu"
     flash_on_cpu = on_cpu and queries != keys and dropout == 0.0
     # on CUDA only the flash kernel takes groups, and it knows no float32: there the scores would be written out
-    if flash_on_cpu or not (on_cpu or query_BNQD.dtype in FLASH_DTYPES):
+    takes_groups = not flash_on_cpu if on_cpu else query_BNQD.dtype in FLASH_DTYPES
+    grouped = query_BNQD.shape[1] != key_BNKD.shape[1]
+    if grouped and not takes_groups:
         heads_per_group = query_BNQD.shape[1] // key_BNKD.shape[1]
         key_BNKD, value_BNKD = (part.repeat_interleave(heads_per_group, dim=1) for part in (key_BNKD, value_BNKD))
-    grouped = query_BNQD.shape[1] != key_BNKD.shape[1]
+        grouped = False
     if queries == keys:
         return F.scaled_dot_product_attention(
             query_BNQD, key_BNKD, value_BNKD, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_megatron.model.causal_attention import causal_attention
+from tests.written_out_attention import written_out
 
 HEADS, SIZE = 8, 32
 
@@ -21,15 +22,6 @@ def parts(queries: int, keys: int, key_heads: int, dtype: torch.dtype) -> tuple[
     return part(HEADS, queries), part(key_heads, keys), part(key_heads, keys)
 
 
-def written_out(query_BNQD: Tensor, key_BNKD: Tensor, value_BNKD: Tensor) -> Tensor:
-    group = HEADS // key_BNKD.shape[1]
-    key_BNKD, value_BNKD = (part.repeat_interleave(group, dim=1) for part in (key_BNKD, value_BNKD))
-    queries, keys = query_BNQD.shape[2], key_BNKD.shape[2]
-    seen_QK = torch.ones(queries, keys, dtype=torch.bool, device="cuda").tril(keys - queries)
-    scores_BNQK = (query_BNQD @ key_BNKD.mT / math.sqrt(SIZE)).masked_fill(~seen_QK, -math.inf)
-    return scores_BNQK.softmax(dim=-1) @ value_BNKD
-
-
 @pytest.mark.parametrize(("queries", "keys"), [(96, 96), (32, 96)])
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2)])
@@ -40,7 +32,7 @@ def test_equals_the_softmax_written_out(
     query, key, value = (part.detach().double().requires_grad_() for part in inputs)
     weights_BNQD = torch.randn(2, HEADS, queries, SIZE, device="cuda", dtype=torch.float64)
 
-    outputs = causal_attention(*inputs), written_out(query, key, value)
+    outputs = causal_attention(*inputs), written_out(query, key, value, scale=1 / math.sqrt(SIZE))
 
     found, expected = (
         [output, *torch.autograd.grad((output.double() * weights_BNQD).sum(), given)]

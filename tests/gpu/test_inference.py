@@ -22,8 +22,8 @@ POLICIES: list[dict[str, Any]] = [
 def run_dir(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained long enough for the experts to differ."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    steps = {"steps": 60}
-    pretrain("cpu", run_config(small_data, folder, train=steps, checkpoint={"interval": 60}, logging={"interval": 60}))
+    intervals = {"checkpoint": {"interval": 60}, "logging": {"interval": 60}}
+    pretrain("cpu", run_config(small_data, folder, train={"steps": 60}, **intervals))
     return folder
 
 

@@ -56,10 +56,7 @@ def test_so_it_does_with_other_settings(
     small_data: SmallData, tmp_path: Path, sections: dict[str, dict[str, Any]]
 ) -> None:
     on_gpu, on_cpu = (
-        trained(
-            device, small_run(small_data, tmp_path / device, **{key: dict(value) for key, value in sections.items()})
-        )
-        for device in ("gpu", "cpu")
+        trained(device, small_run(small_data, tmp_path / device, **sections)) for device in ("gpu", "cpu")
     )
 
     assert_close(on_gpu, on_cpu, FLOAT32)

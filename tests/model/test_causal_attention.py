@@ -1,13 +1,12 @@
 """Queries after a prefix of keys, against the softmax written out: values, gradients, memory."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from dsmoe_megatron.model.causal_attention import causal_attention
+from tests.written_out_attention import written_out
 
 
 def inputs(queries: int, keys: int, heads: int, key_heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,15 +16,6 @@ def inputs(queries: int, keys: int, heads: int, key_heads: int, dtype: torch.dty
         return torch.randn(2, part_heads, length, 8, dtype=dtype, requires_grad=True)
 
     return part(heads, queries), part(key_heads, keys), part(key_heads, keys)
-
-
-def written_out(query_BNQD: Tensor, key_BNKD: Tensor, value_BNKD: Tensor, scale: float) -> Tensor:
-    group = query_BNQD.shape[1] // key_BNKD.shape[1]
-    key_BNKD, value_BNKD = (part.repeat_interleave(group, dim=1) for part in (key_BNKD, value_BNKD))
-    queries, keys = query_BNQD.shape[2], key_BNKD.shape[2]
-    seen_QK = torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None]
-    scores_BNQK = (query_BNQD @ key_BNKD.mT * scale).masked_fill(~seen_QK, -math.inf)
-    return scores_BNQK.softmax(dim=-1) @ value_BNKD
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 2), (5, 13), (12, 13), (8, 16), (9, 9)])
