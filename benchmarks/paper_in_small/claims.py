@@ -26,12 +26,14 @@ class Finding:
     """What the runs say of a claim.
 
     Attributes:
+        group: of runs that it is about.
         claim: in a sentence.
         measure: which ratio decides.
         ratios: of each seed.
         limit: that the ratio must not be above.
     """
 
+    group: str
     claim: str
     measure: str
     ratios: Spread
@@ -91,20 +93,20 @@ def _of_group(group: str, dense: list[Result], dsmoe: list[Result], smoe: list[R
     name = dsmoe[0].run.entry
     found = []
     if dense:
-        found.append(_as_trained(f"{group}: as good as a dense model of its size", dsmoe, dense, EQUAL))
+        found.append(_as_trained(group, "as good as a dense model of its size", dsmoe, dense, EQUAL))
     sparse = paired(dsmoe, dsmoe, _at_share(ACTIVE), loss_as_trained)
     measure = f"{name} with {ACTIVE:.0%} active / under the dense policy"
-    found.append(Finding(f"{group}: within 5 % with at most {ACTIVE:.0%} active", measure, sparse, WITHIN))
+    found.append(Finding(group, f"within 5 % with at most {ACTIVE:.0%} active", measure, sparse, WITHIN))
     if smoe:
         share = smoe[0].as_trained["active_share"]
-        found.append(_as_trained(f"{group}: better than sparse-trained of equal total", dsmoe, smoe, 1.0))
+        found.append(_as_trained(group, "better than sparse-trained of equal total", dsmoe, smoe, 1.0))
         measure = f"{name} / {smoe[0].run.entry}, both with {share:.0%} active"
         ratios = paired(dsmoe, smoe, _at_share(share), loss_as_trained)
-        found.append(Finding(f"{group}: better than sparse-trained of equal active share", measure, ratios, 1.0))
+        found.append(Finding(group, "better than sparse-trained of equal active share", measure, ratios, 1.0))
     for rule in ("topk", "threshold_topk"):
         other = paired(dsmoe, dsmoe, _at_share(ACTIVE), _at_share(ACTIVE, rule))
         measure = f"{name}: threshold / {rule}, {ACTIVE:.0%} active"
-        found.append(Finding(f"{group}: threshold is better than {rule}", measure, other, 1.0))
+        found.append(Finding(group, f"threshold is better than {rule}", measure, other, 1.0))
     return found
 
 
@@ -115,7 +117,7 @@ def _at_few_experts(group: str, runs: Sequence[Result]) -> Iterator[Finding]:
     if dsmoe and smoe:
         measure = f"{dsmoe[0].run.entry} / {smoe[0].run.entry}, both with {SPARSE:.0%} active"
         ratios = paired(dsmoe, smoe, _at_low_share, _at_low_share)
-        yield Finding(f"{group}: better than sparse-trained with few experts active", measure, ratios, 1.0)
+        yield Finding(group, "better than sparse-trained with few experts active", measure, ratios, 1.0)
 
 
 def _with_plain_attention(
@@ -125,17 +127,16 @@ def _with_plain_attention(
     plain = [run for run in runs if run.run.has_plain_attention]
     smoe, plain_dsmoe = best_of(plain, "smoe"), best_of(plain, "dsmoe")
     if smoe and best_dsmoe and smoe != best_smoe:
-        claim = f"{group}: better than sparse-trained with plain attention, as in the paper"
-        yield _as_trained(claim, best_dsmoe, smoe, 1.0)
+        claim = "better than sparse-trained with plain attention, as in the paper"
+        yield _as_trained(group, claim, best_dsmoe, smoe, 1.0)
     if smoe and plain_dsmoe:
-        claim = f"{group}: better than sparse-trained, both with plain attention"
-        yield _as_trained(claim, plain_dsmoe, smoe, 1.0)
+        yield _as_trained(group, "better than sparse-trained, both with plain attention", plain_dsmoe, smoe, 1.0)
 
 
-def _as_trained(claim: str, dsmoe: list[Result], others: list[Result], limit: float) -> Finding:
+def _as_trained(group: str, claim: str, dsmoe: list[Result], others: list[Result], limit: float) -> Finding:
     """A DS-MoE model beside another, each under the policy that it was trained with."""
     measure = f"{dsmoe[0].run.entry} under the dense policy / {others[0].run.entry}"
-    return Finding(claim, measure, paired(dsmoe, others, loss_as_trained, loss_as_trained), limit)
+    return Finding(group, claim, measure, paired(dsmoe, others, loss_as_trained, loss_as_trained), limit)
 
 
 def _sizes(results: Sequence[Result]) -> Iterator[Finding]:
@@ -150,7 +151,8 @@ def _sizes(results: Sequence[Result]) -> Iterator[Finding]:
         for small_name, small in small_entries.items():
             if small[0].run.overrides == large[0].run.overrides:
                 measure = f"cost of {SPARSE:.0%} active: {name} / {small_name}"
-                yield Finding("larger models tolerate more sparsity", measure, paired(large, small, cost, cost), 1.0)
+                ratios = paired(large, small, cost, cost)
+                yield Finding(large[0].group, "larger models tolerate more sparsity", measure, ratios, 1.0)
 
 
 def _at_share(share: float, rule: str = "threshold") -> Loss:

@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from benchmarks.measuring import surroundings_line, table
-from benchmarks.paper_in_small.claims import best_of, findings, paired
+from benchmarks.paper_in_small.claims import Finding, best_of, findings, paired
 from benchmarks.paper_in_small.data import KINDS
 from benchmarks.paper_in_small.pictures import PICTURES, draw
 from benchmarks.paper_in_small.result import (
@@ -25,6 +25,7 @@ from benchmarks.paper_in_small.result import (
     loss,
     loss_as_trained,
     perplexity,
+    ranked,
     read_results,
     spread,
     with_best_learning_rates,
@@ -35,6 +36,10 @@ from data_tools.indexed_dataset import write_whole
 
 INTRODUCTION, OUTLOOK = HERE / "introduction.md", HERE / "outlook.md"
 SHARES = (0.4, 0.3)
+VERDICTS = (
+    "The figure is a ratio of perplexities, or of what sparsity costs. The next table says of which models, and which"
+    " limit it is held against."
+)
 SMALL = (
     "These models are small. [benchmarks.md](benchmarks.md) has larger ones, which gain with few tokens at a time too,"
     " and what bounds them."
@@ -71,9 +76,11 @@ def document(
         speed: report of speed.py, if there is one.
         pictures: names of those that were drawn.
     """
-    measured = [result for result in results if result.evaluation is not None]
+    measured = ranked([result for result in results if result.evaluation is not None])
+    found = findings(results)
     yield INTRODUCTION.read_text(encoding="utf-8")
-    yield from _section("What the paper claims, and what the runs say", claims_table(results))
+    yield from _section("What the paper claims, and what the runs say", verdicts_table(found))
+    yield from _section("How each claim was measured", claims_table(found))
     yield from _section("All models", models_table(measured))
     yield from _section("What DS-MoE is made of", parts_table(measured))
     yield from _section("What was learned besides", study.findings.splitlines())
@@ -101,30 +108,47 @@ def _section(title: str, lines: Sequence[str]) -> Iterator[str]:
         yield from (f"## {title}", "", *lines, "")
 
 
-def claims_table(results: Sequence[Result]) -> list[str]:
-    """Each claim with its figure."""
-    header = ["Claim", "Measured, ratio of perplexities", "Mean over seeds", "Seeds", "At most", "Holds"]
+def verdicts_table(found: Sequence[Finding]) -> list[str]:
+    """Each claim's verdict and figure, a column per group of runs."""
+    groups = dict.fromkeys(finding.group for finding in found)
+    cells = {
+        (finding.claim, finding.group): f"{finding.verdict}: {finding.ratios.text('.3f')}".rstrip(": ")
+        for finding in found
+    }
+    claims = dict.fromkeys(finding.claim for finding in found)
+    rows = [[claim, *(cells.get((claim, group), "") for group in groups)] for claim in claims]
+    return [*table(["", *groups], rows), "", VERDICTS] if rows else []
+
+
+def claims_table(found: Sequence[Finding]) -> list[str]:
+    """Which figures decide."""
+    header = ["", "Claim", "Ratio of perplexities", "Mean over seeds", "At most", "Seeds", "Wanted", "Holds"]
     rows = [
         [
+            finding.group,
             finding.claim,
             finding.measure,
             finding.ratios.text(".3f"),
-            f"{len(finding.ratios.values)} of {finding.seeds_needed}",
             f"{finding.limit:g}",
+            str(len(finding.ratios.values)),
+            str(finding.seeds_needed),
             finding.verdict,
         ]
-        for finding in findings(results)
+        for finding in found
     ]
     return table(header, rows) if rows else []
 
 
 def models_table(results: Sequence[Result]) -> list[str]:
     """Table 3 in small."""
-    header = ["Model", "Parameters", "Seeds", "Perplexity as trained", "at eps 0.48", "active [%]"]
+    header = ["", "Model", "Parameters", "Learning rate", "MI weight", "Seeds"]
+    header += ["Perplexity as trained", "at eps 0.48", "active [%]"]
     header += [f"{share:.0%} active" for share in SHARES] + ["Made on", "Training, tokens/s a core"]
     rows = []
     for name, runs in by_entry(results).items():
-        row = [name, _millions(runs[0]), str(len(runs))]
+        alpha = runs[0].mi_alpha
+        row = [runs[0].group, name, _millions(runs[0]), f"{runs[0].learning_rate:g}"]
+        row += ["" if alpha is None else f"{alpha:g}", str(len(runs))]
         row.append(spread(runs, _as_trained(perplexity)).text(".2f"))
         row.append(spread(runs, _at_eps(perplexity)).text(".2f"))
         row.append(spread(runs, _at_eps(lambda policy: 100 * policy["active_share"])).text(".0f"))

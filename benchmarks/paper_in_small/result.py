@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks.paper_in_small.data import KINDS
 from benchmarks.paper_in_small.runner import COST, FAILURE
 from benchmarks.paper_in_small.study import EVALUATION, PlannedRun, Study, read_lines
@@ -23,6 +25,7 @@ class Result:
 
     Attributes:
         run: as planned.
+        settings: its whole recipe; empty where it failed before the trainer wrote one.
         training: lines of its metrics with a training loss.
         evaluation: result of `evaluate`; None where it failed before.
         costs: of its processes.
@@ -31,6 +34,7 @@ class Result:
     """
 
     run: PlannedRun
+    settings: Entry
     training: list[Entry]
     evaluation: Entry | None
     costs: list[Entry]
@@ -51,6 +55,19 @@ class Result:
         """Which runs it is compared with: the size, and the tokens that it was trained on."""
         size = self.run.model.split("_")[-1]
         return f"{size}, {self.training[-1]['tokens'] / 1e6:.3g}M tokens" if self.training else size
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest of the schedule."""
+        return float(self.settings["optimizer"]["lr"])
+
+    @property
+    def mi_alpha(self) -> float | None:
+        """Weight of the mutual-information loss, the same for all routers that have it; None where none has."""
+        model = self.settings["model"]
+        if model["attention_type"] == "moa":
+            return float(model["mi_alpha_attention"])
+        return float(model["mi_alpha_mlp"]) if self.run.family == "dsmoe" else None
 
     @property
     def loss_by_tokens(self) -> dict[int, float]:
@@ -112,9 +129,10 @@ def read_results(folder: Path, study: Study) -> list[Result]:
 
 
 def _read(folder: Path, run: PlannedRun) -> Result:
-    evaluation, failure = folder / EVALUATION, folder / FAILURE
+    settings, evaluation, failure = folder / "config.yaml", folder / EVALUATION, folder / FAILURE
     return Result(
         run,
+        yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else {},
         [line for line in read_lines(folder / "metrics.jsonl") if "lm_loss" in line],
         json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else None,
         read_lines(folder / COST),
@@ -170,6 +188,16 @@ def by_group(results: Sequence[Result]) -> dict[str, list[Result]]:
     for result in results:
         found.setdefault(result.group, []).append(result)
     return found
+
+
+def ranked(results: Sequence[Result]) -> list[Result]:
+    """Group by group, and in each the entries by the mean of their losses as trained, the best one first."""
+
+    def mean_loss(seeds: list[Result]) -> float:
+        return statistics.fmean(map(loss_as_trained, seeds))
+
+    entries = [sorted(by_entry(runs).values(), key=mean_loss) for runs in by_group(results).values()]
+    return [result for of_group in entries for seeds in of_group for result in seeds]
 
 
 def with_best_learning_rates(results: Sequence[Result]) -> list[Result]:

@@ -22,7 +22,7 @@ import zstandard
 from benchmarks.paper_in_small import runner
 from benchmarks.paper_in_small.claims import findings
 from benchmarks.paper_in_small.corpus import Part, collect
-from benchmarks.paper_in_small.document import document, picture_path, read_speed, write_document
+from benchmarks.paper_in_small.document import document, picture_path, read_speed, verdicts_table, write_document
 from benchmarks.paper_in_small.pictures import PICTURES
 from benchmarks.paper_in_small.result import Result, loss, read_results, with_best_learning_rates
 from benchmarks.paper_in_small.runner import Runner
@@ -142,9 +142,8 @@ def a_result(
         by_data = {"data/text_validation": value, "data/code_validation": value}
         policies[f"{rule} {limit}"] = {"policy": policy, "active_share": share, "loss_by_data": by_data}
     run = PlannedRun(entry, model, seed, overrides or {})
-    return Result(
-        run, [{"tokens": tokens}], {"policies": policies, "parameters_without_embeddings": 1}, [], None, Path()
-    )
+    evaluation = {"policies": policies, "parameters_without_embeddings": 1}
+    return Result(run, {}, [{"tokens": tokens}], evaluation, [], None, Path())
 
 
 def test_claims_are_judged_seed_by_seed() -> None:
@@ -162,20 +161,34 @@ def test_claims_are_judged_seed_by_seed() -> None:
 
     found = {finding.claim: finding for finding in findings(results)}
 
-    equal = found["4m, 1M tokens: as good as a dense model of its size"]
+    equal = found["as good as a dense model of its size"]
     assert equal.ratios.values == pytest.approx([math.exp(-0.1), math.exp(0.1)])
     assert equal.verdict == "not shown"  # one seed says yes, the other no
-    within = found["4m, 1M tokens: within 5 % with at most 40% active"]
+    within = found["within 5 % with at most 40% active"]
     assert within.ratios.values == pytest.approx([math.exp(0.03)] * 2)  # half-way between 0.3 and 0.5
     assert within.seeds_needed == 3  # the limit is 2 % away
     assert within.verdict == "not shown"
-    assert found["4m, 1M tokens: better than sparse-trained of equal active share"].verdict == "yes"
+    assert found["better than sparse-trained of equal active share"].verdict == "yes"
     # topk at 40 %: between its own 30 % and the dense policy
     worse = 0.2 * (1.0 - 0.4) / (1.0 - 0.3)
-    assert found["4m, 1M tokens: threshold is better than topk"].ratios.values == pytest.approx(
-        [math.exp(0.03 - worse)] * 2
-    )
-    assert found["4m, 1M tokens: threshold is better than threshold_topk"].verdict == "not shown"  # never measured
+    assert found["threshold is better than topk"].ratios.values == pytest.approx([math.exp(0.03 - worse)] * 2)
+    assert found["threshold is better than threshold_topk"].verdict == "not shown"  # never measured
+
+
+def test_each_claim_has_one_line_over_all_groups() -> None:
+    results = []
+    for seed in (1, 2):
+        results.append(a_result("plain", "dense_4m", seed, {("dense", 0): (1.0, 3.1)}))
+        results.append(a_result("ours", "dsmoe_4m", seed, {("dense", 0): (1.0, 3.0), ("threshold", 1.0): (0.3, 3.0)}))
+        large = {("dense", 0): (1.0, 2.0), ("threshold", 1.0): (0.3, 2.2)}
+        results.append(a_result("large", "dsmoe_12m", seed, large))
+
+    lines = verdicts_table(findings(results))
+
+    assert lines[0] == "|  | 4m, 1M tokens | 12m, 1M tokens |"
+    assert "| as good as a dense model of its size | yes: 0.905 ± 0.000 |  |" in lines  # exp(-0.1); no large dense one
+    within = math.exp(0.2 * (1.0 - 0.4) / (1.0 - 0.3))
+    assert f"| within 5 % with at most 40% active | yes: 1.000 ± 0.000 | no: {within:.3f} ± 0.000 |" in lines
 
 
 def test_dense_and_sparse_training_are_compared_with_equal_attention_too() -> None:
@@ -190,14 +203,14 @@ def test_dense_and_sparse_training_are_compared_with_equal_attention_too() -> No
 
     found = {finding.claim: finding for finding in findings(results)}
 
-    better = found["4m, 1M tokens: better than sparse-trained of equal total"]
+    better = found["better than sparse-trained of equal total"]
     assert better.measure == "ours under the dense policy / with experts"
     assert better.ratios.values == pytest.approx([math.exp(-0.2)] * 2)
     assert better.verdict == "yes"
-    as_in_paper = found["4m, 1M tokens: better than sparse-trained with plain attention, as in the paper"]
+    as_in_paper = found["better than sparse-trained with plain attention, as in the paper"]
     assert as_in_paper.measure == "ours under the dense policy / theirs"
     assert as_in_paper.ratios.values == pytest.approx([math.exp(-0.5)] * 2)
-    equal = found["4m, 1M tokens: better than sparse-trained, both with plain attention"]
+    equal = found["better than sparse-trained, both with plain attention"]
     assert equal.measure == "plain under the dense policy / theirs"
     assert equal.ratios.values == pytest.approx([math.exp(0.1)] * 2)
     assert equal.verdict == "no"
@@ -217,7 +230,7 @@ def test_few_experts_are_compared_between_the_models_that_bear_them_best() -> No
 
     found = {finding.claim: finding for finding in findings(results)}
 
-    few = found["4m, 1M tokens: better than sparse-trained with few experts active"]
+    few = found["better than sparse-trained with few experts active"]
     assert few.measure == "sharp / two, both with 30% active"
     assert few.ratios.values == pytest.approx([math.exp(3.12 - 3.15)] * 2)
 
