@@ -54,6 +54,7 @@ STUDY_RESULTS := $(if $(SMOKE),$(STUDY)/results,benchmarks/paper_in_small/result
 STUDY_PAGE := $(if $(SMOKE),$(STUDY),docs)/paper_in_small.md
 paper-small: $(INSTALLED)
 	@$(VENV)/bin/python -m benchmarks.paper_in_small --study $(STUDY_FILE) --folder $(STUDY) --results $(STUDY_RESULTS)
+	@$(VENV)/bin/python -m benchmarks.paper_in_small.copying --study $(STUDY_FILE) --folder $(STUDY) --results $(STUDY_RESULTS)
 	@$(VENV)/bin/python -m benchmarks.paper_in_small.document \
 	  --study $(STUDY_FILE) --results $(STUDY_RESULTS) --output $(STUDY_PAGE)
 	@$(VENV)/bin/python -m dsmoe_megatron report $(STUDY_RESULTS) --output $(STUDY)/report.html

@@ -14,12 +14,14 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from benchmarks.measuring import surroundings_line, table
+from benchmarks.paper_in_small import copying
 from benchmarks.paper_in_small.claims import Finding, best_of, findings, paired
 from benchmarks.paper_in_small.data import KINDS
 from benchmarks.paper_in_small.pictures import PICTURES, draw
 from benchmarks.paper_in_small.result import (
     Entry,
     Result,
+    Spread,
     by_entry,
     by_group,
     loss,
@@ -39,6 +41,10 @@ SHARES = (0.4, 0.3)
 VERDICTS = (
     "The figure is a ratio of perplexities, or of what sparsity costs. The next table says of which models, and which"
     " limit it is held against."
+)
+COPYING = (
+    "Passages of held-out text, each read twice in a row; a model that looks up what followed a token before gains in"
+    " the second reading. Of the runs whose checkpoints were at hand, as they were trained."
 )
 SMALL = (
     "These models are small. [benchmarks.md](benchmarks.md) has larger ones, which gain with few tokens at a time too,"
@@ -87,6 +93,7 @@ def document(
     yield from _section("Text and code apart", kinds_table(measured))
     yield from _section("Sparse-trained models under other numbers of experts", other_experts_table(measured))
     yield from _section("Choices of experts", policies_table(measured))
+    yield from _section("Copying from the context", copying_table(measured))
     for name in pictures:
         title, text, _ = PICTURES[name]
         yield from _section(title, [text, "", f"![{title}]({picture_path(Path(), name)})"])
@@ -213,6 +220,20 @@ def policies_table(results: Sequence[Result]) -> list[str]:
         for share in SHARES
     ]
     return table(["Model, perplexity", "Active", *rules], rows) if rows else []
+
+
+def copying_table(results: Sequence[Result]) -> list[str]:
+    """Losses of passages that are read twice."""
+    rows = []
+    for name, runs in by_entry(results).items():
+        files = [run.folder / copying.FILE for run in runs]
+        figures = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+        if figures:
+            first, second = (Spread([figure[key] for figure in figures]) for key in ("first_reading", "second_reading"))
+            gain = Spread([figure["first_reading"] - figure["second_reading"] for figure in figures])
+            rows.append([runs[0].group, name, str(len(figures)), *(part.text(".3f") for part in (first, second, gain))])
+    header = ["", "Model, nats per token", "Seeds", "First reading", "Second reading", "Gain"]
+    return [COPYING, "", *table(header, rows)] if rows else []
 
 
 def time_table(results: Sequence[Result]) -> list[str]:

@@ -12,14 +12,16 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 import zstandard
 
-from benchmarks.paper_in_small import runner
+from benchmarks.paper_in_small import copying, runner
 from benchmarks.paper_in_small.claims import findings
 from benchmarks.paper_in_small.corpus import Part, collect
 from benchmarks.paper_in_small.document import document, picture_path, read_speed, verdicts_table, write_document
@@ -81,10 +83,12 @@ def test_the_study_is_made_whole_though_it_was_stopped(tmp_path: Path) -> None:
         by_data = {Path(name).name: value for name, value in result.as_trained["loss_by_data"].items()}
         expected = 0.9 * by_data["text_validation"] + 0.1 * by_data["code_validation"]
         assert loss(result.as_trained) == pytest.approx(expected)
+    copying.measure_runs(study, tmp_path, tmp_path / "results")
     write_document(study, tmp_path / "results", tmp_path / "docs" / "study.md")
     text = (tmp_path / "docs" / "study.md").read_text(encoding="utf-8")
     for name in ("dense_4m", "dsmoe_4m_alpha_1e-2", "smoke", "Not made yet"):
         assert (f"| {name} " in text) == (name in ("dense_4m", "dsmoe_4m_alpha_1e-2"))
+    assert "## Copying from the context" in text
     drawn = PICTURES.keys() - {"gap"}  # no other model was trained on as many tokens as the dense one
     assert {picture_path(tmp_path / "docs", name) for name in drawn} == set((tmp_path / "docs" / "images").iterdir())
 
@@ -250,6 +254,27 @@ def test_the_gap_to_the_dense_model_is_drawn_over_tokens() -> None:
     [ours] = [line for line in axis.lines if line.get_label() == "ours"]
     assert np.asarray(ours.get_xydata()) == pytest.approx(np.array([[2.0, (0.1 - 0.2 - 0.3) / 3]]))  # a mean of lines
     assert "plain" in axis.get_title()
+
+
+def test_a_model_that_copies_gains_by_a_second_reading() -> None:
+    passages = torch.randint(0, 50, (3, 40), generator=torch.Generator().manual_seed(1))
+
+    def copies_what_stood_a_passage_before(ids: torch.Tensor) -> SimpleNamespace:
+        logits = torch.zeros(*ids.shape, 50)
+        logits[:, 39:].scatter_(-1, ids[:, : ids.shape[1] - 39, None], 100.0)
+        return SimpleNamespace(logits=logits)
+
+    loaded: Any = SimpleNamespace(
+        model=copies_what_stood_a_passage_before,
+        device="cpu",
+        reference_policy=None,
+        set_policy=lambda _policy: None,
+    )
+
+    figures = copying.read_twice(loaded, passages)
+
+    assert figures["first_reading"] == pytest.approx(math.log(50))  # knows nothing
+    assert figures["second_reading"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_models_of_other_sizes_or_tokens_are_not_compared() -> None:
