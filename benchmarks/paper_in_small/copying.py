@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.paper_in_small.study import HERE, Study, read_study
 from data_tools.dataset_reader import map_tokens, read_index
 from data_tools.indexed_dataset import write_whole
-from dsmoe_megatron.errors import DSMoEError, exit_with
+from dsmoe_megatron.errors import DataError, DSMoEError, exit_with
 from dsmoe_megatron.evaluation.loading import LoadedModel, load_model
 from dsmoe_megatron.run_folder import find_checkpoint
 
@@ -53,9 +53,15 @@ def measure_runs(study: Study, folder: Path, results: Path) -> None:
 
 
 def held_out_passages(prefix: Path) -> Tensor:
-    """Runs of tokens at equal distances, [P, L]."""
+    """Runs of tokens at equal distances, [P, L].
+
+    Raises:
+        DataError: the dataset is missing, damaged or too small.
+    """
     tokens = map_tokens(str(prefix), read_index(str(prefix)).dtype)
-    distance = max(1, (len(tokens) - LENGTH) // PASSAGES)
+    if len(tokens) < LENGTH + PASSAGES:
+        raise DataError(f"{prefix}: has {len(tokens)} tokens, too few for {PASSAGES} passages of {LENGTH}")
+    distance = (len(tokens) - LENGTH) // PASSAGES
     return torch.stack(
         [
             torch.from_numpy(tokens[start : start + LENGTH].astype("int64"))
