@@ -18,14 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.paper_in_small.study import HERE, Study, read_study
+from benchmarks.paper_in_small.study import COPYING, EVALUATION, HERE, Study, read_study
 from data_tools.dataset_reader import map_tokens, read_index
 from data_tools.indexed_dataset import write_whole
 from dsmoe_megatron.errors import DataError, DSMoEError, exit_with
 from dsmoe_megatron.evaluation.loading import LoadedModel, load_model
 from dsmoe_megatron.run_folder import find_checkpoint
 
-FILE = "copying.json"
 PASSAGES, LENGTH = 96, 120  # twice the length must fit into the models' sequence
 AT_ONCE = 16  # passages
 WITHOUT_CONTEXT = 20  # first tokens of a passage, which are not scored in either reading
@@ -43,13 +42,13 @@ def measure_runs(study: Study, folder: Path, results: Path) -> None:
     runs = [
         run
         for run in study.runs
-        if (results / run.name).is_dir()
-        and not (results / run.name / FILE).is_file()
+        if (results / run.name / EVALUATION).is_file()
+        and not (results / run.name / COPYING).is_file()
         and find_checkpoint(folder / "runs" / run.name) is not None
     ]
     for run in tqdm(runs, unit=" runs", disable=None):
         figures = read_twice(load_model(folder / "runs" / run.name), passages_PL)
-        write_whole(results / run.name / FILE, (json.dumps(figures, indent=2) + "\n").encode())
+        write_whole(results / run.name / COPYING, (json.dumps(figures, indent=2) + "\n").encode())
 
 
 def held_out_passages(prefix: Path) -> Tensor:

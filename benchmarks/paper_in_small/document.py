@@ -14,14 +14,12 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from benchmarks.measuring import surroundings_line, table
-from benchmarks.paper_in_small import copying
 from benchmarks.paper_in_small.claims import Finding, best_of, findings, paired
 from benchmarks.paper_in_small.data import KINDS
 from benchmarks.paper_in_small.pictures import PICTURES, draw
 from benchmarks.paper_in_small.result import (
     Entry,
     Result,
-    Spread,
     by_entry,
     by_group,
     loss,
@@ -38,6 +36,7 @@ from data_tools.indexed_dataset import write_whole
 
 INTRODUCTION, OUTLOOK = HERE / "introduction.md", HERE / "outlook.md"
 SHARES = (0.4, 0.3)
+Figure = Callable[[Entry], float]  # of one policy, or of passages that were read twice
 VERDICTS = (
     "The figure is a ratio of perplexities, or of what sparsity costs. The next table says of which models, and which"
     " limit it is held against."
@@ -46,11 +45,15 @@ COPYING = (
     "Passages of held-out text, each read twice in a row; a model that looks up what followed a token before gains in"
     " the second reading. Of the runs whose checkpoints were at hand, as they were trained."
 )
+READINGS: tuple[Figure, ...] = (
+    lambda copying: copying["first_reading"],
+    lambda copying: copying["second_reading"],
+    lambda copying: copying["first_reading"] - copying["second_reading"],
+)
 SMALL = (
     "These models are small. [benchmarks.md](benchmarks.md) has larger ones, which gain with few tokens at a time too,"
     " and what bounds them."
 )
-Figure = Callable[[Entry], float]  # of one policy
 
 
 def write_document(study: Study, results_folder: Path, output: Path) -> None:
@@ -225,13 +228,9 @@ def policies_table(results: Sequence[Result]) -> list[str]:
 def copying_table(results: Sequence[Result]) -> list[str]:
     """Losses of passages that are read twice."""
     rows = []
-    for name, runs in by_entry(results).items():
-        files = [run.folder / copying.FILE for run in runs]
-        figures = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
-        if figures:
-            first, second = (Spread([figure[key] for figure in figures]) for key in ("first_reading", "second_reading"))
-            gain = Spread([figure["first_reading"] - figure["second_reading"] for figure in figures])
-            rows.append([runs[0].group, name, str(len(figures)), *(part.text(".3f") for part in (first, second, gain))])
+    for name, runs in by_entry([run for run in results if run.copying is not None]).items():
+        parts = [spread(runs, _of_readings(figure)) for figure in READINGS]
+        rows.append([runs[0].group, name, str(len(runs)), *(part.text(".3f") for part in parts)])
     header = ["", "Model, nats per token", "Seeds", "First reading", "Second reading", "Gain"]
     return [COPYING, "", *table(header, rows)] if rows else []
 
@@ -261,6 +260,10 @@ def _at_eps(figure: Figure, eps: float = 0.48) -> Callable[[Result], float | Non
         return None if policy is None else figure(policy)
 
     return at_eps
+
+
+def _of_readings(figure: Figure) -> Callable[[Result], float | None]:
+    return lambda run: None if run.copying is None else figure(run.copying)
 
 
 def _perplexity_of_top_k(count: int) -> Callable[[Result], float | None]:

@@ -14,7 +14,7 @@ import yaml
 
 from benchmarks.paper_in_small.data import KINDS
 from benchmarks.paper_in_small.runner import COST, FAILURE
-from benchmarks.paper_in_small.study import EVALUATION, PlannedRun, Study, read_lines
+from benchmarks.paper_in_small.study import COPYING, EVALUATION, PlannedRun, Study, read_lines
 
 Entry = dict[str, Any]
 
@@ -31,6 +31,7 @@ class Result:
         costs: of its processes.
         failure: how it failed; None if it did not.
         folder: where all this lies.
+        copying: losses of passages that are read twice; None where they were not measured.
     """
 
     run: PlannedRun
@@ -40,6 +41,7 @@ class Result:
     costs: list[Entry]
     failure: str | None
     folder: Path
+    copying: Entry | None = None
 
     @property
     def policies(self) -> dict[str, Entry]:
@@ -129,16 +131,21 @@ def read_results(folder: Path, study: Study) -> list[Result]:
 
 
 def _read(folder: Path, run: PlannedRun) -> Result:
-    settings, evaluation, failure = folder / "config.yaml", folder / EVALUATION, folder / FAILURE
+    settings, failure = folder / "config.yaml", folder / FAILURE
     return Result(
         run,
         yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else {},
         [line for line in read_lines(folder / "metrics.jsonl") if "lm_loss" in line],
-        json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else None,
+        _read_json(folder / EVALUATION),
         read_lines(folder / COST),
         failure.read_text(encoding="utf-8").strip() if failure.is_file() else None,
         folder,
+        _read_json(folder / COPYING),
     )
+
+
+def _read_json(path: Path) -> Entry | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 @dataclass(frozen=True)

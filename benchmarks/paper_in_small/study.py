@@ -14,6 +14,7 @@ from dsmoe_megatron.errors import ConfigurationError
 HERE = Path(__file__).parent
 RECIPES = HERE / "recipes"
 EVALUATION = "evaluation.json"  # in a run folder
+COPYING = "copying.json"  # in a folder of results
 
 
 @dataclass(frozen=True)

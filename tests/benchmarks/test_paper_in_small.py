@@ -163,20 +163,22 @@ def test_claims_are_judged_seed_by_seed() -> None:
         results.append(a_result("ours", "dsmoe_4m", seed, sparse))
         results.append(a_result("theirs", "smoe_4m", seed, {("topk", 4): (0.4, 3.5)}))
 
-    found = {finding.claim: finding for finding in findings(results)}
+    found = {(finding.group, finding.claim): finding for finding in findings(results)}
 
-    equal = found["as good as a dense model of its size"]
+    equal = found["4m, 1M tokens", "as good as a dense model of its size"]
     assert equal.ratios.values == pytest.approx([math.exp(-0.1), math.exp(0.1)])
     assert equal.verdict == "not shown"  # one seed says yes, the other no
-    within = found["within 5 % with at most 40% active"]
+    within = found["4m, 1M tokens", "within 5 % with at most 40% active"]
     assert within.ratios.values == pytest.approx([math.exp(0.03)] * 2)  # half-way between 0.3 and 0.5
     assert within.seeds_needed == 3  # the limit is 2 % away
     assert within.verdict == "not shown"
-    assert found["better than sparse-trained of equal active share"].verdict == "yes"
+    assert found["4m, 1M tokens", "better than sparse-trained of equal active share"].verdict == "yes"
     # topk at 40 %: between its own 30 % and the dense policy
     worse = 0.2 * (1.0 - 0.4) / (1.0 - 0.3)
-    assert found["threshold is better than topk"].ratios.values == pytest.approx([math.exp(0.03 - worse)] * 2)
-    assert found["threshold is better than threshold_topk"].verdict == "not shown"  # never measured
+    assert found["4m, 1M tokens", "threshold is better than topk"].ratios.values == pytest.approx(
+        [math.exp(0.03 - worse)] * 2
+    )
+    assert found["4m, 1M tokens", "threshold is better than threshold_topk"].verdict == "not shown"  # never measured
 
 
 def test_each_claim_has_one_line_over_all_groups() -> None:
@@ -205,16 +207,16 @@ def test_dense_and_sparse_training_are_compared_with_equal_attention_too() -> No
         results.append(a_result("theirs", "smoe_top4_4m", seed, {("topk", 4): (0.4, 3.5)}))
         results.append(a_result("with experts", "smoe_moa_top4_4m", seed, {("topk", 4): (0.4, 3.2)}))
 
-    found = {finding.claim: finding for finding in findings(results)}
+    found = {(finding.group, finding.claim): finding for finding in findings(results)}
 
-    better = found["better than sparse-trained of equal total"]
+    better = found["4m, 1M tokens", "better than sparse-trained of equal total"]
     assert better.measure == "ours under the dense policy / with experts"
     assert better.ratios.values == pytest.approx([math.exp(-0.2)] * 2)
     assert better.verdict == "yes"
-    as_in_paper = found["better than sparse-trained with plain attention, as in the paper"]
+    as_in_paper = found["4m, 1M tokens", "better than sparse-trained with plain attention, as in the paper"]
     assert as_in_paper.measure == "ours under the dense policy / theirs"
     assert as_in_paper.ratios.values == pytest.approx([math.exp(-0.5)] * 2)
-    equal = found["better than sparse-trained, both with plain attention"]
+    equal = found["4m, 1M tokens", "better than sparse-trained, both with plain attention"]
     assert equal.measure == "plain under the dense policy / theirs"
     assert equal.ratios.values == pytest.approx([math.exp(0.1)] * 2)
     assert equal.verdict == "no"
@@ -232,9 +234,9 @@ def test_few_experts_are_compared_between_the_models_that_bear_them_best() -> No
         blunt = {("dense", 0): (1.0, 3.0), ("threshold", 0.1): (0.4, 3.05), ("threshold", 1.0): (0.3, 3.3)}
         results.append(a_result("blunt", "dsmoe_4m", seed, blunt))
 
-    found = {finding.claim: finding for finding in findings(results)}
+    found = {(finding.group, finding.claim): finding for finding in findings(results)}
 
-    few = found["better than sparse-trained with few experts active"]
+    few = found["4m, 1M tokens", "better than sparse-trained with few experts active"]
     assert few.measure == "sharp / two, both with 30% active"
     assert few.ratios.values == pytest.approx([math.exp(3.12 - 3.15)] * 2)
 
