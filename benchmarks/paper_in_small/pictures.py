@@ -1,4 +1,7 @@
-"""The study's pictures: how its models learn, and the paper's Figures 3, 4 and 5. Points are means over the seeds."""
+"""The study's pictures: how its models learn, and the paper's Figures 3, 4 and 5. Points are means over the seeds.
+
+Where architectures are compared, each has one colour: the entry that the claims take is drawn strong, others faint.
+"""
 
 import itertools
 import statistics
@@ -14,12 +17,23 @@ from matplotlib.figure import Figure
 
 from benchmarks.paper_in_small.claims import best_of
 from benchmarks.paper_in_small.result import Entry, Result, by_entry, by_group, perplexity, with_best_learning_rates
+from benchmarks.paper_in_small.study import PlannedRun
 from dsmoe_megatron.reporting.figures import COLOURS, KINDS, LINE_STYLES, MARKERS, STYLE
 
 WIDTH, HEIGHT = 9.0, 4.0  # inches
 EPS = 0.48
 LINES_PER_POINT = 5  # of the metrics, ten steps each: single ones are noisy
 Point = tuple[float, float]
+ARCHITECTURES: dict[str, Callable[[PlannedRun], bool]] = {
+    "dense": lambda run: run.family == "dense",
+    "DS-MoE": lambda run: run.family == "dsmoe" and not run.has_plain_attention,
+    "sparse-trained with attention experts": lambda run: run.family == "smoe" and not run.has_plain_attention,
+    "attention experts, plain MLP": lambda run: run.family == "moa",
+    "DS-MoE with plain attention": lambda run: run.family == "dsmoe" and run.has_plain_attention,
+    "sparse-trained with plain attention": lambda run: run.family == "smoe" and run.has_plain_attention,
+}
+STRONG: dict[str, Any] = {"linewidth": 2.0, "markersize": 4, "zorder": 3}
+FAINT: dict[str, Any] = {"linewidth": 0.9, "markersize": 2.5, "alpha": 0.4}
 
 
 class Picture(NamedTuple):
@@ -42,15 +56,17 @@ def gap_over_tokens(results: Sequence[Result]) -> Figure | None:
     """A panel per group: training loss less that of the best dense model, which read the same samples."""
     panels = {}
     for group, runs in by_group(results).items():
-        if (dense := best_of(runs, "dense")) and (gaps := _gaps(runs, dense)):
-            panels[f"{group}\nbeside {dense[0].run.entry}"] = gaps
+        dense = best_of(runs, "dense")
+        others = [run for run in runs if dense and run.run.entry != dense[0].run.entry]
+        if any(_gap(seeds, dense) for seeds in by_entry(others).values()):
+            panels[f"{group}\nbeside {dense[0].run.entry}"] = others, dense
     if not panels:
         return None
     figure, axes = _panels(len(panels), one_scale=True)
-    lines = _lines(results)
-    for axis, (title, gaps) in zip(axes, panels.items(), strict=True):
-        for name, points in gaps.items():
-            axis.plot(*zip(*points, strict=True), **lines[name], label=name)
+    for axis, (title, (others, dense)) in zip(axes, panels.items(), strict=True):
+        for seeds, line in _by_architecture(others):
+            if points := _gap(seeds, dense):
+                axis.plot(*zip(*points, strict=True), **line)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_title(title)
         axis.set_xlabel("tokens [millions]")
@@ -65,17 +81,30 @@ def perplexity_by_share(results: Sequence[Result]) -> Figure | None:
     if not panels:
         return None
     figure, axes = _panels(len(panels), one_scale=False)
-    lines = _lines(results)
     for axis, (group, runs) in zip(axes, panels.items(), strict=True):
-        for name, seeds in by_entry(runs).items():
+        for seeds, line in _by_architecture(runs):
             if seeds[0].run.family == "dense":
-                level = statistics.fmean(perplexity(seed.as_trained) for seed in seeds)
-                axis.axhline(level, **lines[name], linewidth=1.2, label=name)
+                axis.axhline(_mean([seed.as_trained for seed in seeds], perplexity), **line)
                 continue
-            rule = "threshold" if seeds[0].run.family == "dsmoe" else "topk"
-            points = [*_means(seeds, rule), *_means(seeds, "dense")]
-            axis.plot(*zip(*points, strict=True), **lines[name], marker=MARKERS[rule], markersize=4, label=name)
+            rule = "topk" if seeds[0].run.family == "smoe" else "threshold"
+            axis.plot(*zip(*_curve(seeds, rule), strict=True), marker=MARKERS[rule], **line)
         _labels(axis, group)
+    _legend(figure)
+    return figure
+
+
+def parts_by_share(results: Sequence[Result]) -> Figure | None:
+    """DS-MoE models that differ in a part or a weight, under thresholds; of the group that has the most of them."""
+    dsmoe = [run for run in results if ARCHITECTURES["DS-MoE"](run.run)]
+    group, runs = max(by_group(dsmoe).items(), key=lambda item: len(by_entry(item[1])), default=("", []))
+    if len(by_entry(runs)) < 2:
+        return None
+    figure, lines = Figure(figsize=(WIDTH, 1.2 * HEIGHT), layout="constrained"), _lines(runs)
+    axis = figure.subplots()
+    for name, seeds in by_entry(runs).items():
+        points = _curve(seeds, "threshold")
+        axis.plot(*zip(*points, strict=True), **lines[name], marker=MARKERS["threshold"], markersize=4, label=name)
+    _labels(axis, group)
     _legend(figure)
     return figure
 
@@ -90,7 +119,7 @@ def rules_by_share(results: Sequence[Result]) -> Figure | None:
     axes = list(figure.subplots(rows, 3, squeeze=False).flat)
     for axis, (name, runs) in zip(axes, entries, strict=False):
         for rule, colour in zip(("threshold", "threshold_topk", "topk"), COLOURS, strict=False):
-            points = [*_means(runs, rule), *_means(runs, "dense")]
+            points = _curve(runs, rule)
             axis.plot(*zip(*points, strict=True), color=colour, marker=MARKERS[rule], markersize=4, label=rule)
         _labels(axis, name)
     for axis in axes[len(entries) :]:
@@ -121,14 +150,21 @@ def active_experts_per_layer(results: Sequence[Result]) -> Figure | None:
 PICTURES = {
     "gap": Picture(
         "While they learn",
-        "Training loss less that of the best dense model, which read the same samples in the same order.",
+        "Training loss less that of the best dense model, which read the same samples in the same order. Of each"
+        " architecture the best entry is strong, others are faint.",
         gap_over_tokens,
     ),
     "share": Picture(
         "Perplexity against active parameters",
         "The paper's Figure 3. DS-MoE under thresholds, up to the dense policy; sparse-trained models under more and"
-        " fewer experts than they were trained with; dense models as lines.",
+        " fewer experts than they were trained with; dense models as lines. Of each architecture the best entry is"
+        " strong, others are faint.",
         perplexity_by_share,
+    ),
+    "parts": Picture(
+        "DS-MoE with other parts and weights of its loss",
+        "Under thresholds, up to the dense policy: the weight of the mutual-information loss, and the router.",
+        parts_by_share,
     ),
     "rules": Picture(
         "Rules of choosing experts", "The paper's Figure 4: what the same models lose under each rule.", rules_by_share
@@ -141,10 +177,13 @@ PICTURES = {
 }
 
 
-def _gaps(results: Sequence[Result], dense: Sequence[Result]) -> dict[str, list[Point]]:
-    """Of each other entry, its gap to the dense one."""
-    others = {name: runs for name, runs in by_entry(results).items() if name != dense[0].run.entry}
-    return {name: points for name, runs in others.items() if (points := _gap(runs, dense))}
+def _by_architecture(results: Sequence[Result]) -> Iterator[tuple[list[Result], dict[str, Any]]]:
+    """The seeds of each entry, and how its line is drawn."""
+    for (name, is_of), colour in zip(ARCHITECTURES.items(), COLOURS, strict=False):
+        of_it = [result for result in results if is_of(result.run)]
+        for seeds in by_entry(of_it).values():
+            best = best_of(of_it, seeds[0].run.family) or seeds  # none, where no model is as sparse as the claims ask
+            yield seeds, {"color": colour, **({"label": name, **STRONG} if seeds == best else FAINT)}
 
 
 def _gap(runs: Sequence[Result], others: Sequence[Result]) -> list[Point]:
@@ -158,6 +197,11 @@ def _gap(runs: Sequence[Result], others: Sequence[Result]) -> list[Point]:
     points = [(tokens / 1e6, statistics.fmean(gaps[tokens])) for tokens in sorted(gaps)]
     parts = [points[begin : begin + LINES_PER_POINT] for begin in range(0, len(points), LINES_PER_POINT)]
     return [(statistics.fmean(x for x, _ in part), statistics.fmean(y for _, y in part)) for part in parts]
+
+
+def _curve(seeds: Sequence[Result], rule: str) -> list[Point]:
+    """Under the policies of a rule and, where it has one, the dense policy."""
+    return [*_means(seeds, rule), *_means(seeds, "dense")]
 
 
 def _means(seeds: Sequence[Result], rule: str) -> Iterator[Point]:
@@ -188,7 +232,7 @@ def _panels(count: int, one_scale: bool) -> tuple[Figure, list[Axes]]:
 
 
 def _lines(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    """Colour and style of each entry, alike in all pictures; used up colours come again with another style."""
+    """Colour and style of each entry; used up colours come again with another style."""
     styles = [{"color": colour, "linestyle": style} for style in LINE_STYLES for colour in COLOURS]
     return dict(zip(by_entry(results), itertools.cycle(styles)))
 

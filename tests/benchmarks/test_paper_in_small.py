@@ -253,9 +253,33 @@ def test_the_gap_to_the_dense_model_is_drawn_over_tokens() -> None:
 
     assert figure is not None
     [axis] = figure.axes
-    [ours] = [line for line in axis.lines if line.get_label() == "ours"]
+    [ours] = [line for line in axis.lines if line.get_label() == "DS-MoE"]
     assert np.asarray(ours.get_xydata()) == pytest.approx(np.array([[2.0, (0.1 - 0.2 - 0.3) / 3]]))  # a mean of lines
     assert "plain" in axis.get_title()
+
+
+def test_the_best_entry_of_an_architecture_is_drawn_strong() -> None:
+    results = []
+    for entry, model, value in (
+        ("plain", "dense_4m", 3.0),
+        ("worse", "dsmoe_4m", 2.9),
+        ("better", "dsmoe_4m", 2.8),
+        ("no heads", "dsmoe_gqa_4m", 3.2),
+    ):
+        by_share = {("dense", 0): (1.0, value), ("threshold", 1.0): (0.3, value + 0.1)}
+        results.append(a_result(entry, model, 1, by_share))
+
+    figure = PICTURES["share"].draw(results)
+
+    assert figure is not None
+    [axis] = figure.axes
+    named = {str(line.get_label()): line for line in axis.lines if not str(line.get_label()).startswith("_")}
+    assert sorted(named) == ["DS-MoE", "DS-MoE with plain attention", "dense"]
+    strong = np.asarray(named["DS-MoE"].get_xydata())
+    assert strong == pytest.approx(np.array([[30.0, math.exp(2.9)], [100.0, math.exp(2.8)]]))
+    [faint] = [line for line in axis.lines if line not in named.values()]
+    assert np.asarray(faint.get_xydata()) == pytest.approx(np.array([[30.0, math.exp(3.0)], [100.0, math.exp(2.9)]]))
+    assert faint.get_color() == named["DS-MoE"].get_color()
 
 
 def test_a_model_that_copies_gains_by_a_second_reading() -> None:
