@@ -2,7 +2,8 @@
 # make test         every test
 # make test-vllm    the tests of serving, on vLLM for the CPU, in an environment of its own (.venv-vllm, 3.5 GB)
 # make faults       a hundred faults, one after the other, in training runs that must come out as if nothing had been
-# make paper-small  dense, DS-MoE and sparse-trained models of a size that a CPU trains, compared; hours, or SMOKE=1: minutes
+# make paper-small  dense, DS-MoE and sparse-trained models of a size that a CPU trains, compared, in paper_in_small_run/;
+#                   30 core-hours, or SMOKE=1: minutes; RESULTS=benchmarks/paper_in_small/results adds to those of the repository
 # make check        lint, format, types, import rules
 # make clean        remove what these made; runs/ and paper_in_small_run/ stay
 #
@@ -50,14 +51,14 @@ faults: $(INSTALLED)
 SMOKE ?=
 STUDY := $(if $(SMOKE),paper_in_small_run/smoke,paper_in_small_run)
 STUDY_FILE := benchmarks/paper_in_small/$(if $(SMOKE),smoke,study).yaml
-STUDY_RESULTS := $(if $(SMOKE),$(STUDY)/results,benchmarks/paper_in_small/results)
-STUDY_PAGE := $(if $(SMOKE),$(STUDY),docs)/paper_in_small.md
+RESULTS ?= $(STUDY)/results
 paper-small: $(INSTALLED)
-	@$(VENV)/bin/python -m benchmarks.paper_in_small --study $(STUDY_FILE) --folder $(STUDY) --results $(STUDY_RESULTS)
-	@$(VENV)/bin/python -m benchmarks.paper_in_small.copying --study $(STUDY_FILE) --folder $(STUDY) --results $(STUDY_RESULTS)
+	@$(VENV)/bin/python -m benchmarks.paper_in_small --study $(STUDY_FILE) --folder $(STUDY) --results $(RESULTS)
+	@$(VENV)/bin/python -m benchmarks.paper_in_small.copying --study $(STUDY_FILE) --folder $(STUDY) --results $(RESULTS)
 	@$(VENV)/bin/python -m benchmarks.paper_in_small.document \
-	  --study $(STUDY_FILE) --results $(STUDY_RESULTS) --output $(STUDY_PAGE)
-	@$(VENV)/bin/python -m dsmoe_megatron report $(STUDY_RESULTS) --output $(STUDY)/report.html
+	  --study $(STUDY_FILE) --results $(RESULTS) --output $(STUDY)/paper_in_small.md
+	@$(VENV)/bin/python -m dsmoe_megatron report $(RESULTS) --output $(STUDY)/report.html
+	@echo "$(STUDY)/paper_in_small.md and report.html: what came out"
 
 check: $(INSTALLED)
 	@$(VENV)/bin/ruff check --quiet

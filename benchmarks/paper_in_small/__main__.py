@@ -14,7 +14,7 @@ from jsonargparse.typing import PositiveInt
 
 from benchmarks.paper_in_small.data import make_data
 from benchmarks.paper_in_small.runner import Runner, processes_of_this_machine
-from benchmarks.paper_in_small.study import HERE, read_study
+from benchmarks.paper_in_small.study import FOLDER, HERE, RESULTS, read_study
 from dsmoe_megatron.errors import DSMoEError, exit_with
 
 
@@ -22,12 +22,8 @@ def build_parser() -> ArgumentParser:
     """The command line."""
     parser = ArgumentParser(prog="python -m benchmarks.paper_in_small", description="Make the study, or go on with it")
     parser.add_argument("--study", type=Path, default=HERE / "study.yaml", metavar="FILE", help="the runs to make")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("paper_in_small_run"), metavar="DIR", help="corpus, data, run folders"
-    )
-    parser.add_argument(
-        "--results", type=Path, default=HERE / "results", metavar="DIR", help="what is kept of finished runs"
-    )
+    parser.add_argument("--folder", type=Path, default=FOLDER, metavar="DIR", help="corpus, data, run folders")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="what is kept of finished runs")
     parser.add_argument(
         "--processes", type=PositiveInt, default=processes_of_this_machine(), help="runs at a time, a core each"
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.paper_in_small.study import COPYING, EVALUATION, HERE, Study, read_study
+from benchmarks.paper_in_small.study import COPYING, EVALUATION, FOLDER, HERE, RESULTS, Study, read_study
 from data_tools.dataset_reader import map_tokens, read_index
 from data_tools.indexed_dataset import write_whole
 from dsmoe_megatron.errors import DataError, DSMoEError, exit_with
@@ -90,8 +90,8 @@ def read_twice(loaded: LoadedModel, passages_PL: Tensor) -> dict[str, Any]:
 def main() -> None:
     parser = ArgumentParser(prog="python -m benchmarks.paper_in_small.copying", description="Copying from the context")
     parser.add_argument("--study", type=Path, default=HERE / "study.yaml", metavar="FILE", help="the runs")
-    parser.add_argument("--folder", type=Path, default=Path("paper_in_small_run"), metavar="DIR", help="of the study")
-    parser.add_argument("--results", type=Path, default=HERE / "results", metavar="DIR", help="of its finished runs")
+    parser.add_argument("--folder", type=Path, default=FOLDER, metavar="DIR", help="of the study")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="of its finished runs")
     arguments = parser.parse_args()
     disable_progress_bar()  # of each model's loading
     try:

@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -34,7 +33,8 @@ from benchmarks.paper_in_small.speed import FILE, speed_table
 from benchmarks.paper_in_small.study import HERE, Study, read_study
 from data_tools.indexed_dataset import write_whole
 
-INTRODUCTION, OUTLOOK = HERE / "introduction.md", HERE / "outlook.md"
+INTRODUCTION = HERE / "introduction.md"
+FINDINGS, OUTLOOK = "findings.md", "outlook.md"  # beside results, where someone has written what to think of them
 SHARES = (0.4, 0.3)
 Figure = Callable[[Entry], float]  # of one policy, or of passages that were read twice
 VERDICTS = (
@@ -60,7 +60,7 @@ def write_document(study: Study, results_folder: Path, output: Path) -> None:
     """The document, and its pictures in a folder `images` beside it."""
     results = read_results(results_folder, study)
     pictures = [name for name in PICTURES if draw(name, results, picture_path(output.parent, name))]
-    write_whole(output, "\n".join(document(study, results, read_speed(results_folder), pictures)).encode())
+    write_whole(output, "\n".join(document(study, results_folder, pictures)).encode())
 
 
 def picture_path(folder: Path, name: str) -> Path:
@@ -68,23 +68,15 @@ def picture_path(folder: Path, name: str) -> Path:
     return folder / "images" / f"paper_in_small_{name}.svg"
 
 
-def read_speed(results_folder: Path) -> dict[str, Any] | None:
-    """What speed.py measured, if it has."""
-    path = results_folder / FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def document(
-    study: Study, results: Sequence[Result], speed: dict[str, Any] | None, pictures: Sequence[str]
-) -> Iterator[str]:
+def document(study: Study, results_folder: Path, pictures: Sequence[str]) -> Iterator[str]:
     """Its lines.
 
     Args:
         study: what was planned.
-        results: what came of it.
-        speed: report of speed.py, if there is one.
+        results_folder: what came of it.
         pictures: names of those that were drawn.
     """
+    results = read_results(results_folder, study)
     measured = ranked([result for result in results if result.evaluation is not None])
     found = findings(results)
     yield INTRODUCTION.read_text(encoding="utf-8")
@@ -92,7 +84,7 @@ def document(
     yield from _section("How each claim was measured", claims_table(found))
     yield from _section("All models", models_table(measured))
     yield from _section("What DS-MoE is made of", parts_table(measured))
-    yield from _section("What was learned besides", study.findings.splitlines())
+    yield from _section("What was learned besides", _lines_of(results_folder / FINDINGS))
     yield from _section("Text and code apart", kinds_table(measured))
     yield from _section("Sparse-trained models under other numbers of experts", other_experts_table(measured))
     yield from _section("Choices of experts", policies_table(measured))
@@ -100,22 +92,24 @@ def document(
     for name in pictures:
         title, text, _ = PICTURES[name]
         yield from _section(title, [text, "", f"![{title}]({picture_path(Path(), name)})"])
-    if speed is not None:
-        yield from _section(
-            "Speed of inference", [surroundings_line(speed["surroundings"]), "", *speed_table(speed), "", SMALL]
-        )
+    yield from _section("Speed of inference", speed_section(results_folder / FILE))
     yield from _section("Time", time_table(results))
     failed = [f"- {result.run.name}: {result.failure}" for result in results if result.failure is not None]
     missing = [run.name for run in study.runs if run.name not in {result.run.name for result in results}]
     yield from ("## Runs that ended otherwise", "", *(failed or ["None."]), "")
     if missing:
         yield from (f"Not made yet: {', '.join(missing)}.", "")
-    yield OUTLOOK.read_text(encoding="utf-8")
+    yield from _lines_of(results_folder / OUTLOOK)
+    yield ""
 
 
 def _section(title: str, lines: Sequence[str]) -> Iterator[str]:
     if lines:
         yield from (f"## {title}", "", *lines, "")
+
+
+def _lines_of(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def verdicts_table(found: Sequence[Finding]) -> list[str]:
@@ -233,6 +227,14 @@ def copying_table(results: Sequence[Result]) -> list[str]:
         rows.append([runs[0].group, name, str(len(runs)), *(part.text(".3f") for part in parts)])
     header = ["", "Model, nats per token", "Seeds", "First reading", "Second reading", "Gain"]
     return [COPYING, "", *table(header, rows)] if rows else []
+
+
+def speed_section(report: Path) -> list[str]:
+    """What speed.py measured, if it has."""
+    if not report.is_file():
+        return []
+    speed = json.loads(report.read_text(encoding="utf-8"))
+    return [surroundings_line(speed["surroundings"]), "", *speed_table(speed), "", SMALL]
 
 
 def time_table(results: Sequence[Result]) -> list[str]:

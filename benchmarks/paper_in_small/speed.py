@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from benchmarks.measuring import paired_seconds, run_benchmark, surroundings, surroundings_line, table
-from benchmarks.paper_in_small.study import HERE
+from benchmarks.paper_in_small.study import FOLDER, RESULTS
 from benchmarks.sparse_inference import Scenario, forward_passes
 from checkpoints_tools.export_hf import export
 from dsmoe_megatron.evaluation.loading import LoadedModel, load_model
@@ -93,9 +93,9 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m benchmarks.paper_in_small.speed", description="Speed of the study's models")
     parser.add_argument("--dsmoe", type=str, default="dsmoe_12m_alpha_3e-3_seed_1", metavar="RUN", help="DS-MoE run")
     parser.add_argument("--dense", type=str, default="dense_12m_lr_2e-3_seed_1", metavar="RUN", help="dense run")
-    parser.add_argument("--folder", type=Path, default=Path("paper_in_small_run"), metavar="DIR", help="of the study")
+    parser.add_argument("--folder", type=Path, default=FOLDER, metavar="DIR", help="of the study")
     parser.add_argument("--repeats", type=PositiveInt, default=9, help="runs of each contestant")
-    parser.add_argument("--json", type=Path, default=HERE / "results" / FILE, metavar="FILE", help="report to write")
+    parser.add_argument("--json", type=Path, default=RESULTS / FILE, metavar="FILE", help="report to write")
     return parser
 
 

@@ -15,6 +15,8 @@ HERE = Path(__file__).parent
 RECIPES = HERE / "recipes"
 EVALUATION = "evaluation.json"  # in a run folder
 COPYING = "copying.json"  # in a folder of results
+FOLDER = Path("paper_in_small_run")  # corpus, data, run folders
+RESULTS = FOLDER / "results"
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,11 @@ class Study:
         corpus: where the text is from: Debian's packages, or what lies on this machine, for a try.
         evaluation: what is measured of each run.
         runs: in the order in which they are made.
-        findings: what was learned besides the claims, in Markdown; empty where nothing is written down.
     """
 
     corpus: Literal["debian_packages", "this_machine"]
     evaluation: Policies
     runs: list[PlannedRun] = field(default_factory=list)
-    findings: str = ""
 
     def only(self, names: Sequence[str]) -> "Study":
         """These runs, in this order.
@@ -116,8 +116,7 @@ def read_study(path: Path) -> Study:
             raise ConfigurationError("runs", run.name, f"is there twice in {path}")
         if not (RECIPES / f"{run.model}.yaml").is_file():
             raise ConfigurationError("runs.model", run.model, f"has no recipe in {RECIPES}")
-    findings = path.with_name(content["findings"]).read_text(encoding="utf-8") if "findings" in content else ""
-    return Study(content["corpus"], Policies(**content["evaluation"]), runs, findings)
+    return Study(content["corpus"], Policies(**content["evaluation"]), runs)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ import zstandard
 from benchmarks.paper_in_small import copying, runner
 from benchmarks.paper_in_small.claims import findings
 from benchmarks.paper_in_small.corpus import Part, collect
-from benchmarks.paper_in_small.document import document, picture_path, read_speed, verdicts_table, write_document
+from benchmarks.paper_in_small.document import document, picture_path, verdicts_table, write_document
 from benchmarks.paper_in_small.pictures import PICTURES
 from benchmarks.paper_in_small.result import Result, loss, read_results, with_best_learning_rates
 from benchmarks.paper_in_small.runner import Runner
@@ -123,7 +123,7 @@ def test_the_document_is_that_of_the_results() -> None:
 
     pictures = [name for name in PICTURES if picture_path(ROOT / "docs", name).is_file()]
 
-    expected = list(document(study, read_results(HERE / "results", study), read_speed(HERE / "results"), pictures))
+    expected = list(document(study, HERE / "results", pictures))
 
     assert (ROOT / "docs" / "paper_in_small.md").read_text(encoding="utf-8") == "\n".join(expected), (
         "run python -m benchmarks.paper_in_small.document"
