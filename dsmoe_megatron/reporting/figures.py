@@ -23,7 +23,9 @@ MARKERS = {"dense": "*", "topk": "s", "threshold": "o", "threshold_topk": "^"}
 KINDS = {"attention": "attention experts", "mlp": "MLP experts"}
 LINE_STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 WIDTH, HEIGHT = 9.0, 3.6  # inches
+LEGEND_ROW = 0.2  # inches
 MOST_POINTS = 400  # of a curve; more are averaged
+FEW = 3  # runs that leave room for several lines each
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "report",  # identifiers are the same in every run
@@ -138,13 +140,18 @@ def policies_in_training(runs: Sequence[Run]) -> Figure | None:
 
 
 def active_per_layer(runs: Sequence[Run]) -> Figure | None:
-    """Mean active experts of each layer: at the recipe's eps in training, and under evaluated threshold policies."""
+    """Mean active experts of each layer: at the recipe's eps in training, and under evaluated threshold policies.
+
+    Of more than a few runs one line each: under one evaluated policy, or in training where there is none.
+    """
     figure, axes = _figure(2)
     for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
         for run, colour in _coloured(runs):
-            _layer_line(axis, _routers(run, kind), color=colour, label=f"{run.name}, training")
+            thresholds = _thresholds(run) if len(runs) <= FEW else _middle(_thresholds(run))
+            if len(runs) <= FEW or not thresholds:
+                _layer_line(axis, _routers(run, kind), color=colour, label=f"{run.name}, training")
             styles = itertools.cycle(LINE_STYLES[1:])  # the first is the training's
-            for name, figures in _thresholds(run):
+            for name, figures in thresholds:
                 routers = [router for router in figures["routers"] if router["kind"] == kind]
                 _layer_line(axis, routers, color=colour, linestyle=next(styles), label=f"{run.name}, {name}")
         axis.set_title(title)
@@ -159,8 +166,7 @@ def active_per_token(runs: Sequence[Run]) -> Figure | None:
     """Layer by layer, the share of tokens by number of active experts, under one threshold policy of each run."""
     panels = []
     for run in runs:
-        if thresholds := _thresholds(run):
-            name, figures = thresholds[len(thresholds) // 2]
+        for name, figures in _middle(_thresholds(run)):
             panels += [
                 (f"{run.name}, {name}\n{KINDS[kind]}", routers)
                 for kind in KINDS
@@ -265,6 +271,11 @@ def _thresholds(run: Run) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
+def _middle(thresholds: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """One of them, where there are any."""
+    return thresholds[len(thresholds) // 2 :][:1]
+
+
 def _routers(run: Run, kind: str) -> list[dict[str, Any]]:
     """Of the newest line of expert use."""
     routers = run.expert_use[-1]["routers"] if run.expert_use else []
@@ -278,7 +289,9 @@ def _experts(model: ModelConfig | None, kind: str) -> int:
 
 
 def _coloured(runs: Sequence[Run]) -> Iterator[tuple[Run, str]]:
-    return zip(runs, (COLOURS[index % len(COLOURS)] for index in range(len(runs))), strict=True)
+    """Colours that are told apart well, or of a rainbow where there are more runs than those."""
+    rainbow = matplotlib.colormaps["turbo"](np.linspace(0.03, 0.97, len(runs)))
+    return zip(runs, COLOURS if len(runs) <= len(COLOURS) else map(colors.to_hex, rainbow), strict=False)
 
 
 def _curve(axes: Axes, run: Run, points: Sequence[tuple[int, float]], **style: Any) -> None:
@@ -356,5 +369,7 @@ def _finish(
             handles.update((label, handle) for handle, label in zip(*axis.get_legend_handles_labels(), strict=True))
         if handles:
             columns = min(3, len(handles))
+            rows = -(-len(handles) // columns)
+            figure.set_figheight(figure.get_figheight() + LEGEND_ROW * max(0, rows - 2))  # room for two is there
             figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=columns)
     return figure

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from dsmoe_megatron.reporting import figures
 from dsmoe_megatron.reporting.records import Run
 
-FEW = 3  # runs whose names fit side by side
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2327; background: #fff; margin: 2rem auto; max-width: 64rem;
   padding: 0 1.5rem; }
@@ -24,6 +23,7 @@ th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #e4e6
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .names :is(th, td):nth-child(-n+3) { text-align: left; }
 thead th { border-bottom: 2px solid #9aa3aa; white-space: normal; vertical-align: bottom; }
+summary { cursor: pointer; color: #2563a8; }
 .remarks { background: #fff6e0; padding: .5rem 1rem; border-left: 4px solid #d9a300; }
 """
 
@@ -32,6 +32,7 @@ class Section(NamedTuple):
     title: str
     text: str
     draw: Callable[[Sequence[Run]], Figure | None]
+    has_panel_per_run: bool = False  # folded up where there are many
 
 
 SECTIONS = (
@@ -52,6 +53,7 @@ SECTIONS = (
         "Cost of sparse policies during training",
         "How far the perplexity of each policy lies above that of the model as trained, in the validation in the loop.",
         figures.policies_in_training,
+        has_panel_per_run=True,
     ),
     Section(
         "Active experts per layer",
@@ -63,6 +65,7 @@ SECTIONS = (
         "Active experts per token",
         "How many experts single tokens activate in each layer, under a threshold policy.",
         figures.active_per_token,
+        has_panel_per_run=True,
     ),
     Section(
         "Active experts during training", "Mean over layers, at the recipe's threshold.", figures.active_in_training
@@ -73,14 +76,19 @@ SECTIONS = (
         " one expert per token and all used evenly.",
         figures.specialisation,
     ),
-    Section("Expert balance", "Mean probability of each expert, times their number, at the end.", figures.balance),
+    Section(
+        "Expert balance",
+        "Mean probability of each expert, times their number, at the end.",
+        figures.balance,
+        has_panel_per_run=True,
+    ),
     Section("Throughput", "Training steps alone, without validation and checkpoints.", figures.throughput),
 )
 
 
 def page(runs: Sequence[Run]) -> str:
     """The whole HTML document."""
-    title = "Report of " + (f"{len(runs)} runs" if len(runs) > FEW else ", ".join(run.name for run in runs))
+    title = "Report of " + (f"{len(runs)} runs" if len(runs) > figures.FEW else ", ".join(run.name for run in runs))
     body = [f"<h1>{html.escape(title)}</h1>", _remarks(runs), "<h2>Final figures</h2>", _table(runs), _policies(runs)]
     missing = []
     for section in SECTIONS:
@@ -89,6 +97,8 @@ def page(runs: Sequence[Run]) -> str:
             missing.append(section.title)
             continue
         heading = f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>"
+        if section.has_panel_per_run and len(runs) > figures.FEW:
+            picture = _folded("a panel per run", picture)
         body.append(f"<section>{heading}{picture}</section>")
     if missing:
         body.append(f"<h2>Not shown</h2><p>{html.escape(_explanation(missing))}</p>")
@@ -128,7 +138,7 @@ def _table(runs: Sequence[Run]) -> str:
         ("tokens per second, median", [_median_speed(run) for run in runs]),
     ]
     table = [["", *(run.name for run in runs)], *([name, *cells] for name, cells in rows if any(cells))]
-    header, *lines = table if len(runs) <= FEW else [list(line) for line in zip(*table, strict=True)]
+    header, *lines = table if len(runs) <= figures.FEW else [list(line) for line in zip(*table, strict=True)]
     return _html_table(header, lines)
 
 
@@ -145,7 +155,14 @@ def _policies(runs: Sequence[Run]) -> str:
                     "" if run.parameters is None else _number(values["active_share"] * run.parameters, 1e6, "M")
                 )
     header = ["run", "measured in", "policy", "perplexity", "active share", "active parameters"]
-    return _html_table(header, rows, "names") if rows else ""
+    if not rows:
+        return ""
+    table = _html_table(header, rows, "names")
+    return table if len(runs) <= figures.FEW else _folded(f"{len(rows)} rows: each run under each policy", table)
+
+
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{html.escape(summary)}</summary>{content}</details>"
 
 
 def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "figures") -> str:

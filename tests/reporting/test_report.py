@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsmoe_megatron.__main__ import main
-from dsmoe_megatron.reporting.figures import sparse_perplexity
+from dsmoe_megatron.reporting.figures import active_per_layer, as_svg, losses, sparse_perplexity
 from dsmoe_megatron.reporting.records import read_runs
 
 STEPS = 40
@@ -214,6 +214,29 @@ def test_many_runs_have_a_row_each(tmp_path: Path) -> None:
     assert page.cells[:3] == ["parameters without embeddings", "steps", "tokens"]
     assert [cell for cell in page.cells if cell in names][:4] == names
     assert "Report of 4 runs" in page.texts
+    assert [text for text in page.texts if "per run" in text or "each run" in text] == [
+        "12 rows: each run under each policy",  # folded up, that the pictures are seen
+        *["a panel per run"] * 2,
+    ]
+
+
+def test_pictures_of_many_runs_have_room_and_a_colour_each(tmp_path: Path) -> None:
+    for number in range(40):
+        run = write_run(tmp_path / f"run_{number}_with_a_long_name")
+        (run / "evaluation.json").write_text(json.dumps(evaluation(run)))
+    runs = read_runs([tmp_path], [])
+
+    figure = losses(runs)
+
+    assert figure is not None
+    assert as_svg(lambda _: figure, runs)  # lays it out
+    assert figure.axes[0].get_window_extent().height / figure.dpi > 2.0  # inches, below fourteen rows of names
+    lines = [line for line in figure.axes[0].lines if str(line.get_label()).startswith("run_")]
+    assert len({line.get_color() for line in lines}) == 40
+    per_layer = active_per_layer(runs)
+    assert per_layer is not None
+    for axis in per_layer.axes:
+        assert [line.get_label() for line in axis.lines] == [f"{run.name}, threshold 0.48" for run in runs]
 
 
 def test_a_line_that_is_cut_short_is_left_out_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
