@@ -56,8 +56,7 @@ paper-small: $(INSTALLED)
 	@$(VENV)/bin/python -m benchmarks.paper_in_small --study $(STUDY_FILE) --folder $(STUDY) --results $(RESULTS)
 	@$(VENV)/bin/python -m benchmarks.paper_in_small.copying --study $(STUDY_FILE) --folder $(STUDY) --results $(RESULTS)
 	@$(VENV)/bin/python -m benchmarks.paper_in_small.document \
-	  --study $(STUDY_FILE) --results $(RESULTS) --output $(STUDY)/paper_in_small.md
-	@$(VENV)/bin/python -m dsmoe_megatron report $(RESULTS) --output $(STUDY)/report.html
+	  --study $(STUDY_FILE) --results $(RESULTS) --output $(STUDY)/paper_in_small.md --report $(STUDY)/report.html
 	@echo "$(STUDY)/paper_in_small.md and report.html: what came out"
 
 check: $(INSTALLED)

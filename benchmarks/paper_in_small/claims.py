@@ -10,10 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.paper_in_small.result import Result, Spread, by_entry, by_group, loss, loss_as_trained
+from benchmarks.paper_in_small.study import PlannedRun
 
 EQUAL = 1.01  # as good as: up to one per cent above
 WITHIN = 1.05
 FAMILIES = ("dense", "dsmoe", "smoe")
+ARCHITECTURES: dict[str, Callable[[PlannedRun], bool]] = {
+    "dense": lambda run: run.family == "dense",
+    "DS-MoE": lambda run: run.family == "dsmoe" and not run.has_plain_attention,
+    "sparse-trained with attention experts": lambda run: run.family == "smoe" and not run.has_plain_attention,
+    "attention experts, plain MLP": lambda run: run.family == "moa",
+    "DS-MoE with plain attention": lambda run: run.family == "dsmoe" and run.has_plain_attention,
+    "sparse-trained with plain attention": lambda run: run.family == "smoe" and run.has_plain_attention,
+}
 SEEDS, CLOSE_SEEDS = 2, 3  # fewer show nothing; more are needed where the mean ratio is close to the limit
 CLOSE = 0.03
 ACTIVE = 0.4  # the share of the parameters that the claims are about
@@ -71,6 +80,15 @@ def best_of(results: Sequence[Result], family: str) -> list[Result]:
     weight of the loss, the number of experts are chosen so.
     """
     return _with_least(_score, [result for result in results if result.run.family == family])
+
+
+def best_of_each_architecture(results: Sequence[Result]) -> list[Result]:
+    """First seeds of the best entries of every group of comparable runs; of the first ones, where none is as sparse as
+    the claims ask.
+    """
+    groups = by_group([result for result in results if result.evaluation is not None]).values()
+    alike = ([run for run in runs if is_of(run.run)] for runs in groups for is_of in ARCHITECTURES.values())
+    return [(best_of(runs, runs[0].run.family) or runs)[0] for runs in alike if runs]
 
 
 def _with_least(score: Loss, results: Sequence[Result]) -> list[Result]:

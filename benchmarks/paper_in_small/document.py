@@ -1,6 +1,6 @@
 """Writes docs/paper_in_small.md from the results of the runs: no figure in it is written by hand.
 
-python -m benchmarks.paper_in_small.document [--study FILE] [--results DIR] [--output FILE]
+python -m benchmarks.paper_in_small.document [--study FILE] [--results DIR] [--output FILE] [--report FILE]
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from benchmarks.measuring import surroundings_line, table
-from benchmarks.paper_in_small.claims import Finding, best_of, findings, paired
+from benchmarks.paper_in_small.claims import Finding, best_of, best_of_each_architecture, findings, paired
 from benchmarks.paper_in_small.data import KINDS
 from benchmarks.paper_in_small.pictures import PICTURES, draw
 from benchmarks.paper_in_small.result import (
@@ -32,6 +32,8 @@ from benchmarks.paper_in_small.result import (
 from benchmarks.paper_in_small.speed import FILE, speed_table
 from benchmarks.paper_in_small.study import HERE, Study, read_study
 from data_tools.indexed_dataset import write_whole
+from dsmoe_megatron.reporting.page import page
+from dsmoe_megatron.reporting.records import read_runs
 
 INTRODUCTION = HERE / "introduction.md"
 FINDINGS, OUTLOOK = "findings.md", "outlook.md"  # beside results, where someone has written what to think of them
@@ -61,6 +63,12 @@ def write_document(study: Study, results_folder: Path, output: Path) -> None:
     results = read_results(results_folder, study)
     pictures = [name for name in PICTURES if draw(name, results, picture_path(output.parent, name))]
     write_whole(output, "\n".join(document(study, results_folder, pictures)).encode())
+
+
+def write_report(study: Study, results_folder: Path, output: Path) -> None:
+    """The system's own report, one HTML page, of the best run of each architecture: all runs are too many to see."""
+    chosen = best_of_each_architecture(read_results(results_folder, study))
+    write_whole(output, page(read_runs([result.folder for result in chosen], [])).encode())
 
 
 def picture_path(folder: Path, name: str) -> Path:
@@ -300,8 +308,12 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("docs/paper_in_small.md"), metavar="FILE", help="Markdown to write"
     )
+    parser.add_argument("--report", type=Path, metavar="FILE", help="HTML page of the best runs' curves to write")
     arguments = parser.parse_args()
-    write_document(read_study(arguments.study), arguments.results, arguments.output)
+    study = read_study(arguments.study)
+    write_document(study, arguments.results, arguments.output)
+    if arguments.report is not None:
+        write_report(study, arguments.results, arguments.report)
 
 
 if __name__ == "__main__":

@@ -15,23 +15,14 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.paper_in_small.claims import best_of
+from benchmarks.paper_in_small.claims import ARCHITECTURES, best_of
 from benchmarks.paper_in_small.result import Entry, Result, by_entry, by_group, perplexity, with_best_learning_rates
-from benchmarks.paper_in_small.study import PlannedRun
 from dsmoe_megatron.reporting.figures import COLOURS, KINDS, LINE_STYLES, MARKERS, STYLE
 
 WIDTH, HEIGHT = 9.0, 4.0  # inches
 EPS = 0.48
 LINES_PER_POINT = 5  # of the metrics, ten steps each: single ones are noisy
 Point = tuple[float, float]
-ARCHITECTURES: dict[str, Callable[[PlannedRun], bool]] = {
-    "dense": lambda run: run.family == "dense",
-    "DS-MoE": lambda run: run.family == "dsmoe" and not run.has_plain_attention,
-    "sparse-trained with attention experts": lambda run: run.family == "smoe" and not run.has_plain_attention,
-    "attention experts, plain MLP": lambda run: run.family == "moa",
-    "DS-MoE with plain attention": lambda run: run.family == "dsmoe" and run.has_plain_attention,
-    "sparse-trained with plain attention": lambda run: run.family == "smoe" and run.has_plain_attention,
-}
 STRONG: dict[str, Any] = {"linewidth": 2.0, "markersize": 4, "zorder": 3}
 FAINT: dict[str, Any] = {"linewidth": 0.9, "markersize": 2.5, "alpha": 0.4}
 

@@ -147,7 +147,7 @@ def active_per_layer(runs: Sequence[Run]) -> Figure | None:
     figure, axes = _figure(2)
     for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
         for run, colour in _coloured(runs):
-            thresholds = _thresholds(run) if len(runs) <= FEW else _middle(_thresholds(run))
+            thresholds = _thresholds(run) if len(runs) <= FEW else _one_threshold(run)
             if len(runs) <= FEW or not thresholds:
                 _layer_line(axis, _routers(run, kind), color=colour, label=f"{run.name}, training")
             styles = itertools.cycle(LINE_STYLES[1:])  # the first is the training's
@@ -166,7 +166,7 @@ def active_per_token(runs: Sequence[Run]) -> Figure | None:
     """Layer by layer, the share of tokens by number of active experts, under one threshold policy of each run."""
     panels = []
     for run in runs:
-        for name, figures in _middle(_thresholds(run)):
+        for name, figures in _one_threshold(run):
             panels += [
                 (f"{run.name}, {name}\n{KINDS[kind]}", routers)
                 for kind in KINDS
@@ -271,9 +271,15 @@ def _thresholds(run: Run) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def _middle(thresholds: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
-    """One of them, where there are any."""
-    return thresholds[len(thresholds) // 2 :][:1]
+def _one_threshold(run: Run) -> list[tuple[str, dict[str, Any]]]:
+    """The threshold policy of the recipe's eps where it was measured, else the middle one; none where there is none."""
+    measured = _thresholds(run)
+    of_recipe = [
+        (name, figures)
+        for name, figures in measured
+        if run.model is not None and figures["policy"]["expert_threshold"] == run.model.expert_threshold
+    ]
+    return (of_recipe or measured[len(measured) // 2 :])[:1]
 
 
 def _routers(run: Run, kind: str) -> list[dict[str, Any]]:

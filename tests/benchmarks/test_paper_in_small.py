@@ -24,7 +24,7 @@ import zstandard
 from benchmarks.paper_in_small import copying, runner
 from benchmarks.paper_in_small.claims import findings
 from benchmarks.paper_in_small.corpus import Part, collect
-from benchmarks.paper_in_small.document import document, picture_path, verdicts_table, write_document
+from benchmarks.paper_in_small.document import document, picture_path, verdicts_table, write_document, write_report
 from benchmarks.paper_in_small.pictures import PICTURES
 from benchmarks.paper_in_small.result import Result, loss, read_results, with_best_learning_rates
 from benchmarks.paper_in_small.runner import Runner
@@ -89,7 +89,12 @@ def test_the_study_is_made_whole_though_it_was_stopped(tmp_path: Path) -> None:
     for name in ("dense_4m", "dsmoe_4m_alpha_1e-2", "smoke", "Not made yet"):
         assert (f"| {name} " in text) == (name in ("dense_4m", "dsmoe_4m_alpha_1e-2"))
     assert "## Copying from the context" in text
-    drawn = PICTURES.keys() - {"gap"}  # no other model was trained on as many tokens as the dense one
+    write_report(study, tmp_path / "results", tmp_path / "report.html")
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for name in ("dense_4m_seed_1", "dsmoe_4m_alpha_1e-2_seed_1", "dsmoe_4m_alpha_1e-2_seed_2"):
+        assert (name in report) == name.endswith("seed_1")
+    # no other model was trained on as many tokens as the dense one, no DS-MoE with other parts at all
+    drawn = PICTURES.keys() - {"gap", "parts"}
     assert {picture_path(tmp_path / "docs", name) for name in drawn} == set((tmp_path / "docs" / "images").iterdir())
 
 
