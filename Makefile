@@ -3,7 +3,7 @@
 # make test-vllm    the tests of serving, on vLLM for the CPU, in an environment of its own (.venv-vllm, 3.5 GB)
 # make faults       a hundred faults, one after the other, in training runs that must come out as if nothing had been
 # make paper-small  dense, DS-MoE and sparse-trained models of a size that a CPU trains, compared, in paper_in_small_run/;
-#                   30 core-hours, or SMOKE=1: minutes; RESULTS=benchmarks/paper_in_small/results adds to those of the repository
+#                   34 core-hours, or SMOKE=1: minutes; RESULTS=benchmarks/paper_in_small/results adds to those of the repository
 # make check        lint, format, types, import rules
 # make clean        remove what these made; runs/ and paper_in_small_run/ stay
 #
