@@ -277,7 +277,7 @@ def _one_threshold(run: Run) -> list[tuple[str, dict[str, Any]]]:
     of_recipe = [
         (name, figures)
         for name, figures in measured
-        if run.model is not None and figures["policy"]["expert_threshold"] == run.model.expert_threshold
+        if run.model is not None and figures["policy"].get("expert_threshold") == run.model.expert_threshold
     ]
     return (of_recipe or measured[len(measured) // 2 :])[:1]
 

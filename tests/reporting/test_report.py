@@ -223,7 +223,11 @@ def test_many_runs_have_a_row_each(tmp_path: Path) -> None:
 def test_pictures_of_many_runs_have_room_and_a_colour_each(tmp_path: Path) -> None:
     for number in range(40):
         run = write_run(tmp_path / f"run_{number}_with_a_long_name")
-        (run / "evaluation.json").write_text(json.dumps(evaluation(run)))
+        result = evaluation(run)
+        layers = [{"mlp": {"eps": 0.4}, "attention": {"eps": 0.4}}] * 2  # calibrated: no one eps for all
+        policy = {"expert_policy": "threshold", "expert_policy_layers": layers}
+        result["policies"] = {"mine": result["policies"]["threshold 1.0"] | {"policy": policy}, **result["policies"]}
+        (run / "evaluation.json").write_text(json.dumps(result))
     runs = read_runs([tmp_path], [])
 
     figure = losses(runs)
