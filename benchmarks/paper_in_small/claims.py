@@ -82,13 +82,12 @@ def best_of(results: Sequence[Result], family: str) -> list[Result]:
     return _with_least(_score, [result for result in results if result.run.family == family])
 
 
-def best_of_each_architecture(results: Sequence[Result]) -> list[Result]:
-    """First seeds of the best entries of every group of comparable runs; of the first ones, where none is as sparse as
-    the claims ask.
-    """
-    groups = by_group([result for result in results if result.evaluation is not None]).values()
-    alike = ([run for run in runs if is_of(run.run)] for runs in groups for is_of in ARCHITECTURES.values())
-    return [(best_of(runs, runs[0].run.family) or runs)[0] for runs in alike if runs]
+def best_of_architecture(results: Sequence[Result], name: str) -> list[Result]:
+    """Its best entry among comparable runs; the first one, where none is as sparse as the claims ask."""
+    runs = [result for result in results if ARCHITECTURES[name](result.run)]
+    if not runs:
+        return []
+    return best_of(runs, runs[0].run.family) or next(iter(by_entry(runs).values()))
 
 
 def _with_least(score: Loss, results: Sequence[Result]) -> list[Result]:

@@ -3,7 +3,6 @@
 python -m benchmarks.paper_in_small.document [--study FILE] [--results DIR] [--output FILE] [--report FILE]
 """
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from benchmarks.measuring import surroundings_line, table
-from benchmarks.paper_in_small.claims import Finding, best_of, best_of_each_architecture, findings, paired
+from benchmarks.paper_in_small.claims import ARCHITECTURES, Finding, best_of, best_of_architecture, findings, paired
 from benchmarks.paper_in_small.data import KINDS
 from benchmarks.paper_in_small.pictures import PICTURES, draw
 from benchmarks.paper_in_small.result import (
@@ -25,6 +24,7 @@ from benchmarks.paper_in_small.result import (
     loss_as_trained,
     perplexity,
     ranked,
+    read_json,
     read_results,
     spread,
     with_best_learning_rates,
@@ -58,17 +58,17 @@ SMALL = (
 )
 
 
-def write_document(study: Study, results_folder: Path, output: Path) -> None:
+def write_document(study: Study, results: Sequence[Result], results_folder: Path, output: Path) -> None:
     """The document, and its pictures in a folder `images` beside it."""
-    results = read_results(results_folder, study)
     pictures = [name for name in PICTURES if draw(name, results, picture_path(output.parent, name))]
-    write_whole(output, "\n".join(document(study, results_folder, pictures)).encode())
+    write_whole(output, "\n".join(document(study, results, results_folder, pictures)).encode())
 
 
-def write_report(study: Study, results_folder: Path, output: Path) -> None:
+def write_report(results: Sequence[Result], output: Path) -> None:
     """The system's own report, one HTML page, of the best run of each architecture: all runs are too many to see."""
-    chosen = best_of_each_architecture(read_results(results_folder, study))
-    write_whole(output, page(read_runs([result.folder for result in chosen], [])).encode())
+    groups = by_group([result for result in results if result.evaluation is not None]).values()
+    best = [best_of_architecture(runs, name)[:1] for runs in groups for name in ARCHITECTURES]
+    write_whole(output, page(read_runs([run.folder for seeds in best for run in seeds], [])).encode())
 
 
 def picture_path(folder: Path, name: str) -> Path:
@@ -76,15 +76,15 @@ def picture_path(folder: Path, name: str) -> Path:
     return folder / "images" / f"paper_in_small_{name}.svg"
 
 
-def document(study: Study, results_folder: Path, pictures: Sequence[str]) -> Iterator[str]:
+def document(study: Study, results: Sequence[Result], results_folder: Path, pictures: Sequence[str]) -> Iterator[str]:
     """Its lines.
 
     Args:
         study: what was planned.
-        results_folder: what came of it.
+        results: what came of it.
+        results_folder: where they lie, and beside them what was measured or written of all together.
         pictures: names of those that were drawn.
     """
-    results = read_results(results_folder, study)
     measured = ranked([result for result in results if result.evaluation is not None])
     found = findings(results)
     yield INTRODUCTION.read_text(encoding="utf-8")
@@ -239,9 +239,8 @@ def copying_table(results: Sequence[Result]) -> list[str]:
 
 def speed_section(report: Path) -> list[str]:
     """What speed.py measured, if it has."""
-    if not report.is_file():
+    if (speed := read_json(report)) is None:
         return []
-    speed = json.loads(report.read_text(encoding="utf-8"))
     return [surroundings_line(speed["surroundings"]), "", *speed_table(speed), "", SMALL]
 
 
@@ -311,9 +310,10 @@ def main() -> None:
     parser.add_argument("--report", type=Path, metavar="FILE", help="HTML page of the best runs' curves to write")
     arguments = parser.parse_args()
     study = read_study(arguments.study)
-    write_document(study, arguments.results, arguments.output)
+    results = read_results(arguments.results, study)
+    write_document(study, results, arguments.results, arguments.output)
     if arguments.report is not None:
-        write_report(study, arguments.results, arguments.report)
+        write_report(results, arguments.report)
 
 
 if __name__ == "__main__":

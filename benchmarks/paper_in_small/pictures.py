@@ -15,7 +15,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.paper_in_small.claims import ARCHITECTURES, best_of
+from benchmarks.paper_in_small.claims import ARCHITECTURES, best_of, best_of_architecture
 from benchmarks.paper_in_small.result import Entry, Result, by_entry, by_group, perplexity, with_best_learning_rates
 from dsmoe_megatron.reporting.figures import COLOURS, KINDS, LINE_STYLES, MARKERS, STYLE
 
@@ -49,15 +49,14 @@ def gap_over_tokens(results: Sequence[Result]) -> Figure | None:
     for group, runs in by_group(results).items():
         dense = best_of(runs, "dense")
         others = [run for run in runs if dense and run.run.entry != dense[0].run.entry]
-        if any(_gap(seeds, dense) for seeds in by_entry(others).values()):
-            panels[f"{group}\nbeside {dense[0].run.entry}"] = others, dense
+        if curves := [(points, line) for seeds, line in _by_architecture(others) if (points := _gap(seeds, dense))]:
+            panels[f"{group}\nbeside {dense[0].run.entry}"] = curves
     if not panels:
         return None
     figure, axes = _panels(len(panels), one_scale=True)
-    for axis, (title, (others, dense)) in zip(axes, panels.items(), strict=True):
-        for seeds, line in _by_architecture(others):
-            if points := _gap(seeds, dense):
-                axis.plot(*zip(*points, strict=True), **line)
+    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+        for points, line in curves:
+            axis.plot(*zip(*points, strict=True), **line)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_title(title)
         axis.set_xlabel("tokens [millions]")
@@ -171,9 +170,8 @@ PICTURES = {
 def _by_architecture(results: Sequence[Result]) -> Iterator[tuple[list[Result], dict[str, Any]]]:
     """The seeds of each entry, and how its line is drawn."""
     for (name, is_of), colour in zip(ARCHITECTURES.items(), COLOURS, strict=False):
-        of_it = [result for result in results if is_of(result.run)]
-        for seeds in by_entry(of_it).values():
-            best = best_of(of_it, seeds[0].run.family) or seeds  # none, where no model is as sparse as the claims ask
+        best = best_of_architecture(results, name)
+        for seeds in by_entry([result for result in results if is_of(result.run)]).values():
             yield seeds, {"color": colour, **({"label": name, **STRONG} if seeds == best else FAINT)}
 
 

@@ -136,15 +136,16 @@ def _read(folder: Path, run: PlannedRun) -> Result:
         run,
         yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else {},
         [line for line in read_lines(folder / "metrics.jsonl") if "lm_loss" in line],
-        _read_json(folder / EVALUATION),
+        read_json(folder / EVALUATION),
         read_lines(folder / COST),
         failure.read_text(encoding="utf-8").strip() if failure.is_file() else None,
         folder,
-        _read_json(folder / COPYING),
+        read_json(folder / COPYING),
     )
 
 
-def _read_json(path: Path) -> Entry | None:
+def read_json(path: Path) -> Entry | None:
+    """The object of a file; None where there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 

@@ -84,12 +84,13 @@ def test_the_study_is_made_whole_though_it_was_stopped(tmp_path: Path) -> None:
         expected = 0.9 * by_data["text_validation"] + 0.1 * by_data["code_validation"]
         assert loss(result.as_trained) == pytest.approx(expected)
     copying.measure_runs(study, tmp_path, tmp_path / "results")
-    write_document(study, tmp_path / "results", tmp_path / "docs" / "study.md")
+    results = read_results(tmp_path / "results", study)
+    write_document(study, results, tmp_path / "results", tmp_path / "docs" / "study.md")
     text = (tmp_path / "docs" / "study.md").read_text(encoding="utf-8")
     for name in ("dense_4m", "dsmoe_4m_alpha_1e-2", "smoke", "Not made yet"):
         assert (f"| {name} " in text) == (name in ("dense_4m", "dsmoe_4m_alpha_1e-2"))
     assert "## Copying from the context" in text
-    write_report(study, tmp_path / "results", tmp_path / "report.html")
+    write_report(results, tmp_path / "report.html")
     report = (tmp_path / "report.html").read_text(encoding="utf-8")
     for name in ("dense_4m_seed_1", "dsmoe_4m_alpha_1e-2_seed_1", "dsmoe_4m_alpha_1e-2_seed_2"):
         assert (name in report) == name.endswith("seed_1")
@@ -128,7 +129,7 @@ def test_the_document_is_that_of_the_results() -> None:
 
     pictures = [name for name in PICTURES if picture_path(ROOT / "docs", name).is_file()]
 
-    expected = list(document(study, HERE / "results", pictures))
+    expected = list(document(study, read_results(HERE / "results", study), HERE / "results", pictures))
 
     assert (ROOT / "docs" / "paper_in_small.md").read_text(encoding="utf-8") == "\n".join(expected), (
         "run python -m benchmarks.paper_in_small.document"
